@@ -1,0 +1,40 @@
+"""What a plugin is told about the run that it is helping to build."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    import torch
+
+    from powertrain.config import Config
+    from powertrain.environment import Rank
+    from powertrain.mesh import Mesh
+    from powertrain.registry import Registry
+    from powertrain.roles.accelerator import Accelerator
+    from powertrain.roles.communicator import Communicator
+
+
+@attrs.frozen(kw_only=True)
+class Context:
+    """The facts of one engine, the same object for every hook.
+
+    Attributes:
+        config: the effective configuration.
+        rank: this process's place in the launch.
+        mesh: the named dimensions that the ranks form.
+        accelerator: what computes.
+        device: this rank's device.
+        communicator: what connects the ranks, wrappers included.
+        hooks: the plugins of this engine.
+    """
+
+    config: Config
+    rank: Rank
+    mesh: Mesh
+    accelerator: Accelerator
+    device: torch.device
+    communicator: Communicator
+    hooks: Registry

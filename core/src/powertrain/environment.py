@@ -1,0 +1,159 @@
+"""The one place that reads the launcher's environment variables.
+
+The same script runs under ``python`` (one rank, no variable needed),
+``torchrun``, ``srun`` and ``mpirun``: each leaves its own variables, and
+``Rank.from_environment`` maps them to one table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import attrs
+
+from powertrain.errors import LaunchError
+
+
+@attrs.frozen(kw_only=True)
+class Rank:
+    """This process's place in the launch.
+
+    Attributes:
+        index: the global rank.
+        world_size: how many ranks there are.
+        local_index: the rank among those of this host.
+        local_size: how many ranks this host runs.
+        address: the host on which rank 0 can be met.
+        port: the port on which rank 0 can be met.
+        launcher: where the values come from: python, torchrun, srun or mpirun.
+    """
+
+    index: int = 0
+    world_size: int = 1
+    local_index: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 29500
+    launcher: str = "python"
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Rank:
+        """Read the rank table of whichever launcher started this process.
+
+        Raises:
+            LaunchError: a variable is missing, not a number, or out of range.
+        """
+        env = os.environ if environ is None else environ
+        for reader in (_torchrun, _slurm, _mpi):
+            if (rank := reader(env)) is not None:
+                return rank._checked()
+        return cls()
+
+    def _checked(self) -> Rank:
+        if not 0 <= self.index < self.world_size:
+            raise LaunchError(
+                f"rank {self.index} does not exist in a world of {self.world_size}",
+                where=f"variables set by {self.launcher}",
+                expected=f"a rank from 0 to {self.world_size - 1}",
+            )
+        if not 0 <= self.local_index < self.local_size:
+            raise LaunchError(
+                f"local rank {self.local_index} does not exist among {self.local_size} on this host",
+                where=f"variables set by {self.launcher}",
+            )
+        return self
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None:
+        if default is not None:
+            return default
+        raise LaunchError(f"the variable {name} is not set, though others of its launcher are", where=name)
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"the variable {name} is not a number", where=name, found=repr(text)) from None
+
+
+def _torchrun(env: Mapping[str, str]) -> Rank | None:
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        return None
+    index, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    return Rank(
+        index=index,
+        world_size=world,
+        local_index=_number(env, "LOCAL_RANK", index),
+        local_size=_number(env, "LOCAL_WORLD_SIZE", world),
+        address=env.get("MASTER_ADDR", "127.0.0.1"),
+        port=_number(env, "MASTER_PORT", 29500),
+        launcher="torchrun",
+    )
+
+
+def _slurm(env: Mapping[str, str]) -> Rank | None:
+    # A batch script runs with SLURM_JOB_ID set but is no task: only srun sets a step's task count.
+    if "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
+        return None
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
+    node = _number(env, "SLURM_NODEID", 0)
+    return Rank(
+        index=_number(env, "SLURM_PROCID"),
+        world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
+        local_index=_number(env, "SLURM_LOCALID"),
+        local_size=_expand_counts(tasks)[node],
+        address=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+        # Every task of a job computes the same port, and two jobs on one host differ.
+        port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
+        launcher="srun",
+    )
+
+
+def _mpi(env: Mapping[str, str]) -> Rank | None:
+    # Open MPI, then MPICH and Intel MPI (hydra).
+    for prefix, names in (
+        ("OMPI_COMM_WORLD_", ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+        ("", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")),
+    ):
+        rank, size, local_rank, local_size = (prefix + name for name in names)
+        if rank not in env or size not in env:
+            continue
+        index, world = _number(env, rank), _number(env, size)
+        rank_table = Rank(
+            index=index,
+            world_size=world,
+            local_index=_number(env, local_rank, index),
+            local_size=_number(env, local_size, world),
+            address=env.get("MASTER_ADDR", "127.0.0.1"),
+            port=_number(env, "MASTER_PORT", 29500),
+            launcher="mpirun",
+        )
+        if rank_table.local_size < world and "MASTER_ADDR" not in env:
+            raise LaunchError(
+                "mpirun spans several hosts, and none of them is named as the meeting point",
+                where="MASTER_ADDR",
+                remedy="pass it on: `mpirun -x MASTER_ADDR=<host of rank 0> …` (or -genv)",
+            )
+        return rank_table
+    return None
+
+
+def _expand_counts(text: str) -> list[int]:
+    """Expand Slurm's ``2(x3),1`` to ``[2, 2, 2, 1]``."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, repeat = part.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    return counts
+
+
+def _first_host(nodelist: str) -> str:
+    """Return the first host of Slurm's ``node[03-07,12],other``."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket:
+        return head.split(",")[0]
+    if "," in head:
+        return head.split(",")[0]
+    inside, _, tail = rest.partition("]")
+    return head + inside.split(",")[0].split("-")[0] + tail.split(",")[0]

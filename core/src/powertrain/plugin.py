@@ -1,0 +1,96 @@
+"""What a plugin is: a class that owns one TOML table and implements hooks.
+
+This module imports no torch, and neither may the module a plugin's entry point
+names: listing and checking plugins must answer in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
+
+import attrs
+
+API = 1
+"""The plugin API this core serves. It serves ``API - 1`` as well."""
+
+
+@attrs.frozen(kw_only=True)
+class NoConfig:
+    """The table of a plugin that has no settings: it may be present, but must be empty."""
+
+
+C = TypeVar("C")
+
+
+class Phase(enum.IntEnum):
+    """When a plugin's ``transform_model`` runs; lower phases first."""
+
+    MATERIALIZE = 10
+    COMPRESS = 20
+    PARALLELIZE = 30
+    RECOMPUTE = 40
+    COMPILE = 50
+    SHARD = 60
+
+
+@attrs.frozen
+class Probe:
+    """The answer to "could this accelerator be used here?".
+
+    Attributes:
+        available: whether a run could start on it now.
+        reason: why, in a few words ("2 devices", "no driver library").
+    """
+
+    available: bool
+    reason: str
+
+
+class Plugin(Generic[C]):
+    """Base class of every plugin.
+
+    A subclass names the attrs class of its TOML table as the type parameter;
+    the registry fills that class from the table and constructs the plugin::
+
+        class ZeroPlugin(Plugin[ZeroConfig]):
+            name, api = "zero", 1
+
+            @hookimpl
+            def wrap_optimizer(self, model, optimizer, context): ...
+
+    Attributes:
+        name: the entry point's name, and the section in the TOML file.
+        api: the plugin API the class was written for.
+        phase: when ``transform_model`` runs; required of plugins that have one.
+        fallback: for accelerators: chosen only when no other one is available.
+        support: who answers for it: ``"first-party"`` or ``"community"``.
+        Config: the attrs class of the table (from the type parameter).
+        config: the table of this run.
+    """
+
+    name: ClassVar[str] = ""
+    api: ClassVar[int] = 0
+    phase: ClassVar[Phase | None] = None
+    fallback: ClassVar[bool] = False
+    support: ClassVar[str] = "community"
+    Config: ClassVar[type[Any]] = NoConfig
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in getattr(cls, "__orig_bases__", ()):
+            origin = get_origin(base)
+            if isinstance(origin, type) and issubclass(origin, Plugin):
+                (table,) = get_args(base)
+                if isinstance(table, type):
+                    cls.Config = table
+
+    def is_available(self) -> Probe:
+        """Say whether this plugin's accelerator could be used, creating no device context.
+
+        Asked only of plugins that make accelerators.
+        """
+        return Probe(True, "always there")

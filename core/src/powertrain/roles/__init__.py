@@ -1,0 +1,1 @@
+"""The protocols that plugins fulfil, one file a role."""

@@ -1,0 +1,146 @@
+"""The checkpoint role: where state is kept, independent of any layout."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+from powertrain.layout import Box, boxes
+
+
+@attrs.frozen(eq=False)
+class TensorSlice:
+    """The part of a global tensor that one rank holds: a flat slice of a block of it.
+
+    Attributes:
+        name: the global name, the same under every layout ("model/blocks.0.weight").
+        shape: the global shape.
+        tensor: the elements, flat and contiguous; loading writes into it.
+        start: the first element, counted in the block's row-major order.
+        block: the part of the tensor that ``start`` counts in; None for all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tensor: torch.Tensor
+    start: int = 0
+    block: Box | None = None
+
+    def chunks(self) -> list[tuple[Box, torch.Tensor]]:
+        """Return the slice as boxes of the global tensor, each with its elements (views)."""
+        sizes = self.shape if self.block is None else self.block.sizes
+        shift = (0,) * len(self.shape) if self.block is None else self.block.offsets
+        flat = self.tensor.view(-1)
+        result, taken = [], 0
+        for box in boxes(sizes, self.start, self.start + flat.numel()):
+            offsets = tuple(a + b for a, b in zip(box.offsets, shift, strict=True))
+            piece = flat[taken : taken + box.numel].view(box.sizes)
+            result.append((Box(offsets, box.sizes), piece))
+            taken += box.numel
+        return result
+
+
+@attrs.frozen
+class TensorInfo:
+    """What a checkpoint knows of one tensor.
+
+    Attributes:
+        shape: the global shape.
+        dtype: the element type it was saved in.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@attrs.frozen(kw_only=True)
+class Snapshot:
+    """What one rank hands over to be saved.
+
+    Attributes:
+        tensors: its slices; replicas may be given by every rank, one is written.
+        values: JSON that is the same on every rank.
+        rank_values: JSON that is this rank's own.
+    """
+
+    tensors: Sequence[TensorSlice]
+    values: Mapping[str, Any]
+    rank_values: Mapping[str, Any]
+
+
+class CheckpointReader(ABC):
+    """One complete checkpoint, open for reading.
+
+    Attributes:
+        tag: its name within the directory.
+        tensors: every tensor in it.
+        values: the JSON that all ranks shared.
+        rank_values: the JSON of each rank that saved, by rank.
+    """
+
+    tag: str
+    tensors: Mapping[str, TensorInfo]
+    values: Mapping[str, Any]
+    rank_values: Sequence[Mapping[str, Any]]
+
+    @abstractmethod
+    def read(self, slices: Sequence[TensorSlice]) -> None:
+        """Fill the slices in place, converting element types; each rank reads what it needs.
+
+        Raises:
+            CheckpointError: a name or shape is not in the checkpoint, or a file is damaged.
+        """
+
+
+class CheckpointStore(ABC):
+    """Checkpoints under one directory, addressed by tag.
+
+    All methods but ``poll`` are called on every rank, in the same order.
+    """
+
+    @abstractmethod
+    def tags(self) -> list[str]:
+        """Return the tags of complete checkpoints, oldest first."""
+
+    @abstractmethod
+    def save(self, tag: str, snapshot: Snapshot, *, asynchronous: bool = False) -> None:
+        """Save under ``tag``; visible only when whole.
+
+        With ``asynchronous``, returns once the snapshot's tensors may change
+        again; ``poll`` or ``wait`` tells how it ended.
+
+        Raises:
+            CheckpointWriteFailed: the disk refused, on this rank or another.
+        """
+
+    @abstractmethod
+    def poll(self) -> list[str]:
+        """Return the tags that became complete since the last call, without waiting.
+
+        Raises:
+            CheckpointWriteFailed: an asynchronous save failed.
+        """
+
+    @abstractmethod
+    def wait(self) -> list[str]:
+        """Wait for asynchronous saves, then as ``poll``."""
+
+    @abstractmethod
+    def open(self, tag: str | None = None) -> CheckpointReader:
+        """Open ``tag``, or the newest complete checkpoint.
+
+        Raises:
+            CheckpointMissing: there is none.
+            ManifestMissing, ShardMissing, ShardTruncated, ShardCorrupt: it is damaged.
+        """
+
+    @abstractmethod
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest ``keep`` complete checkpoints."""
+
+    def close(self) -> None:
+        """Wait for what is under way and release threads."""

@@ -1,0 +1,88 @@
+"""The optimizer roles: what updates, and what brings gradients to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import attrs
+import torch
+
+if TYPE_CHECKING:
+    from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
+
+Granularity = Literal["element", "tensor", "matrix"]
+"""What an update rule must see at once: any element alone, a whole tensor's norm, a whole matrix."""
+
+
+class OptimizerFactory(Protocol):
+    """Makes an optimizer over parameters, in the manner of ``torch.optim``.
+
+    Attributes:
+        granularity: what its update must see at once; sharders honour it.
+    """
+
+    granularity: Granularity
+
+    def __call__(self, params: Iterable[Any]) -> torch.optim.Optimizer:
+        """Return the optimizer of ``params`` (tensors or group dictionaries)."""
+
+
+@attrs.frozen
+class Update:
+    """What one optimizer step did.
+
+    Attributes:
+        applied: False when the gradients overflowed and the step was skipped.
+        grad_norm: the global norm before clipping, a 0-d tensor; None when nobody asked.
+    """
+
+    applied: bool
+    grad_norm: torch.Tensor | None
+
+
+class OptimizerWrapper(ABC):
+    """Takes gradients from backward to updated parameters.
+
+    It owns where parameters, gradients and optimizer state rest, so it is also
+    the one that lists them for checkpoints.
+
+    Attributes:
+        optimizer: the torch optimizer that schedulers act on.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def begin(self, *, last: bool) -> None:
+        """Prepare for the next micro-batch's backward passes; ``last`` ends the accumulation."""
+
+    @abstractmethod
+    def step(self, *, grad_scale: float, clip: float | None, check_overflow: bool) -> Update:
+        """Finish reductions, divide gradients by ``grad_scale``, clip, update, publish, clear.
+
+        Args:
+            grad_scale: what gradients were multiplied by on the way (loss scale).
+            clip: the largest global norm, or None.
+            check_overflow: skip the update when a gradient is not finite.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Drop the gradients gathered so far."""
+
+    @abstractmethod
+    def tensors(self) -> list[TensorSlice]:
+        """Return this rank's slices of parameters and optimizer state, by global name."""
+
+    @abstractmethod
+    def load(self, reader: CheckpointReader) -> list[str]:
+        """Fill parameters and optimizer state from ``reader``; return the names loaded.
+
+        Raises:
+            CheckpointMismatch: names or shapes differ from this model's.
+        """
+
+    def close(self) -> None:
+        """Take hooks off the model."""
