@@ -1,0 +1,11 @@
+"""What plugin authors test with: contract suites, a pool of ranks, a null device.
+
+- ``powertrain.testing.pool``: processes that start once and serve as ranks;
+- ``powertrain.testing.loopback``: ranks as threads of one process;
+- ``powertrain.testing.null``: an accelerator that computes nothing;
+- ``powertrain.testing.accelerator``, ``.communicator``, ``.optimizer``,
+  ``.checkpoint``, ``.sampler``: one contract class a role;
+- ``powertrain.testing.suites``: those classes, run on an installed plugin by
+  ``powertrain plugins test NAME``;
+- ``powertrain.testing.pytest_plugin``: the fixture ``ranks`` and the option ``--plugin``.
+"""
