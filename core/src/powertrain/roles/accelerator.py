@@ -108,7 +108,10 @@ class Accelerator(ABC):
         return nullcontext()
 
     def record(self, stream: Any) -> Any:
-        """Return an event that fires when what is queued on ``stream`` is done (``streams``)."""
+        """Return an event that fires when what is queued on ``stream`` is done (``streams``).
+
+        None stands for the current stream, here and in ``wait``.
+        """
         return None
 
     def wait(self, stream: Any, event: Any) -> None:

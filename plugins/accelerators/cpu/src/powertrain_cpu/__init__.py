@@ -1,0 +1,3 @@
+"""The accelerator that every machine has: the processor."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+"""The accelerator for AMD GPUs."""
+
+__version__ = "0.1.0"
