@@ -7,12 +7,19 @@ The same script runs under ``python`` (one rank, no variable needed),
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import attrs
 
 from powertrain.errors import LaunchError
+
+
+def setting(name: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the value of one of Powertrain's own variables (``POWERTRAIN_…``), or None."""
+    return (os.environ if environ is None else environ).get(name)
 
 
 @attrs.frozen(kw_only=True)
@@ -157,3 +164,79 @@ def _first_host(nodelist: str) -> str:
         return head.split(",")[0]
     inside, _, tail = rest.partition("]")
     return head + inside.split(",")[0].split("-")[0] + tail.split(",")[0]
+
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def log_level(environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the level that ``POWERTRAIN_LOG`` asks for, or None if it is not set.
+
+    Raises:
+        LaunchError: it is none of debug, info, warning and error.
+    """
+    env = os.environ if environ is None else environ
+    text = env.get("POWERTRAIN_LOG", "").strip().lower()
+    if not text:
+        return None
+    if text not in LOG_LEVELS:
+        raise LaunchError(
+            "the variable POWERTRAIN_LOG names no level",
+            where="POWERTRAIN_LOG",
+            expected=", ".join(LOG_LEVELS),
+            found=repr(text),
+            remedy="set it to one of these, or unset it",
+        )
+    return text
+
+
+@contextmanager
+def exported(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for this process and its children within a ``with`` block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+DISABLE = "POWERTRAIN__PLUGINS__DISABLE"
+
+
+def disabled_plugins(environ: Mapping[str, str] | None = None) -> frozenset[str]:
+    """Return the plugins that ``POWERTRAIN__PLUGINS__DISABLE`` leaves out (an array, or names with commas)."""
+    text = (os.environ if environ is None else environ).get(DISABLE, "")
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = text.split(",")
+    return frozenset(str(name).strip() for name in names if str(name).strip()) if isinstance(names, list) else frozenset()
+
+
+def without_plugins(names: Iterable[str]) -> dict[str, str]:
+    """Return the variables that leave ``names`` out, beside those that are left out already."""
+    return {DISABLE: json.dumps(sorted(disabled_plugins() | set(names)))}
+
+
+REPORTS = "POWERTRAIN_LAUNCH_REPORTS"
+
+
+def report_directory(environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the directory through which the ranks that one agent started agree on who reports an error."""
+    return (os.environ if environ is None else environ).get(REPORTS)
+
+
+def strict_plugins(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether ``POWERTRAIN_STRICT_PLUGINS=1`` makes every broken plugin an error."""
+    return (os.environ if environ is None else environ).get("POWERTRAIN_STRICT_PLUGINS") == "1"
+
+
+def variables(*prefixes: str, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment variables whose names start with one of ``prefixes``, sorted."""
+    env = os.environ if environ is None else environ
+    return {name: env[name] for name in sorted(env) if name.startswith(prefixes)}

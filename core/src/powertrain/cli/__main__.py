@@ -1,0 +1,7 @@
+"""``python -m powertrain.cli`` is the ``powertrain`` command."""
+
+from __future__ import annotations
+
+from powertrain.cli import main
+
+main()

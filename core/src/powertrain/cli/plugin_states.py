@@ -1,0 +1,156 @@
+"""What every installed plugin is good for here, and why not where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import attrs
+
+from powertrain import environment, registry
+from powertrain.errors import PluginBroken, PluginConflict, PluginError, PluginIncompatible
+from powertrain.plugin import Plugin
+from powertrain.registry import Installed
+
+Condition = Literal["available", "disabled", "broken", "conflict", "incompatible"]
+
+
+@attrs.frozen(kw_only=True)
+class PluginState:
+    """One installed plugin.
+
+    Attributes:
+        name: the entry point's name and the section's.
+        distribution: what installed it.
+        version: of the distribution.
+        api: the plugin API it was written for; None where it could not be imported.
+        hooks: the hooks it implements.
+        roles: the roles its metadata says it fills.
+        state: whether a run can use it.
+        why: the reason, in a few words.
+        support: ``first-party``, ``community``, or None where it could not be imported.
+        maintainer: the distribution's author.
+        summary: the distribution's one-line description.
+        device: the answer of an accelerator's own probe, where it was asked.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    api: int | None
+    hooks: list[str]
+    roles: list[str]
+    state: Condition
+    why: str
+    support: str | None
+    maintainer: str
+    summary: str
+    device: str | None = None
+
+
+def usable(known: dict[str, Installed]) -> Iterator[tuple[Installed, Plugin[Any] | None, PluginError | None]]:
+    """Yield every plugin that is not turned off, constructed with default settings, or its error.
+
+    A plugin whose table has required keys cannot be constructed without a
+    configuration: it is yielded with neither.
+    """
+    for name, entry in known.items():
+        if _turned_off(name) is None:
+            try:
+                yield entry, construct(registry.load(name, known), entry), None
+            except PluginError as error:
+                yield entry, None, error
+
+
+def construct(kind: type[Plugin[Any]], entry: Installed) -> Plugin[Any] | None:
+    """Return the plugin with default settings, or None if its table has required keys.
+
+    Raises:
+        PluginBroken: the table or the plugin raises.
+    """
+    fields = getattr(kind.Config, "__attrs_attrs__", ())
+    if any(field.init and field.default is attrs.NOTHING for field in fields):
+        return None
+    try:
+        return kind(kind.Config())
+    except Exception as error:
+        raise PluginBroken(
+            f"plugin {entry.name!r} cannot be constructed",
+            where=f"{entry.target} of {entry.distribution} {entry.version}",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+def survey(*, probe: bool = False) -> list[PluginState]:
+    """Return the state of every installed plugin, in name order.
+
+    Args:
+        probe: also ask each accelerator whether its device is there; this may import torch.
+    """
+    known = registry.installed()
+    return [_state(entry, known, probe) for entry in known.values()]
+
+
+def _state(entry: Installed, known: dict[str, Installed], probe: bool) -> PluginState:
+    kind: type[Plugin[Any]] | None = None
+    device: str | None = None
+    state: Condition = "available"
+    if (off := _turned_off(entry.name)) is not None:
+        state, why = "disabled", off
+    else:
+        try:
+            kind = registry.load(entry.name, known)
+            plugin = construct(kind, entry)
+            why = _when(entry)
+            if probe and "accelerator" in entry.roles and plugin is not None:
+                device = _probe(plugin)
+        except PluginError as error:
+            state, why = _condition(error), _reason(error, entry)
+    return PluginState(
+        name=entry.name,
+        distribution=entry.distribution,
+        version=entry.version,
+        api=kind.api if kind else None,
+        hooks=registry.hooks_of(kind) if kind else [],
+        roles=sorted(entry.roles),
+        state=state,
+        why=why,
+        support=kind.support if kind else None,
+        maintainer=entry.author,
+        summary=entry.summary,
+        device=device,
+    )
+
+
+def _turned_off(name: str) -> str | None:
+    if name in environment.disabled_plugins():
+        return "disabled by --no-plugin or POWERTRAIN__PLUGINS__DISABLE"
+    only = registry.allowed()
+    return None if only is None or name in only else "disabled by POWERTRAIN_PLUGINS"
+
+
+def _when(entry: Installed) -> str:
+    if entry.roles:
+        return f"asked for the {' and the '.join(sorted(entry.roles))} of every run"
+    return f"on with a [{entry.name}] section"
+
+
+def _probe(plugin: Plugin[Any]) -> str:
+    try:
+        answer = plugin.is_available()
+    except Exception as error:
+        return f"no: its probe raised {type(error).__name__}: {error}"
+    return f"{'yes' if answer.available else 'no'}: {answer.reason}"
+
+
+def _condition(error: PluginError) -> Condition:
+    if isinstance(error, PluginConflict):
+        return "conflict"
+    return "incompatible" if isinstance(error, PluginIncompatible) else "broken"
+
+
+def _reason(error: PluginError, entry: Installed) -> str:
+    if isinstance(error, PluginConflict):
+        return f"also claimed by {', '.join(entry.rivals)}"
+    text = (error.found or error.message) if isinstance(error, PluginBroken) else error.message
+    return " ".join(text.split())
