@@ -215,20 +215,14 @@ def disabled_plugins(environ: Mapping[str, str] | None = None) -> frozenset[str]
         names = json.loads(text)
     except ValueError:
         names = text.split(",")
-    return frozenset(str(name).strip() for name in names if str(name).strip()) if isinstance(names, list) else frozenset()
+    return (
+        frozenset(str(name).strip() for name in names if str(name).strip()) if isinstance(names, list) else frozenset()
+    )
 
 
 def without_plugins(names: Iterable[str]) -> dict[str, str]:
     """Return the variables that leave ``names`` out, beside those that are left out already."""
     return {DISABLE: json.dumps(sorted(disabled_plugins() | set(names)))}
-
-
-REPORTS = "POWERTRAIN_LAUNCH_REPORTS"
-
-
-def report_directory(environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the directory through which the ranks that one agent started agree on who reports an error."""
-    return (os.environ if environ is None else environ).get(REPORTS)
 
 
 def strict_plugins(environ: Mapping[str, str] | None = None) -> bool:
