@@ -51,17 +51,21 @@ class TorchDeviceAccelerator(Accelerator):
 
     def probe(self) -> Probe:
         """Say how many devices torch sees, and what its driver layer complained about; makes no context."""
-        with warnings.catch_warnings(record=True) as complaints:
-            warnings.simplefilter("always")
-            count = self.device_count()
+        count, complaint = self._count()
         if count:
             return Probe(True, f"{count} device{'s' if count > 1 else ''}")
-        told = "; ".join(str(complaint.message).splitlines()[0] for complaint in complaints)
-        return Probe(False, told or "torch sees no device: no driver, or none made visible to this process")
+        return Probe(False, complaint or "torch sees no device: no driver, or none made visible to this process")
 
     def device_count(self) -> int:
-        """Return how many devices torch sees."""
-        return int(self.module.device_count())
+        """Return how many devices torch sees; ``probe`` says why there are none."""
+        return self._count()[0]
+
+    def _count(self) -> tuple[int, str]:
+        """Return the number of devices, and what torch warned of while it counted."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            count = int(self.module.device_count())
+        return count, "; ".join(str(warning.message).splitlines()[0] for warning in caught)
 
     def device(self, index: int) -> torch.device:
         """Return the device of local rank ``index``: one rank, one device."""

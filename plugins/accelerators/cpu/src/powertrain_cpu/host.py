@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -29,7 +28,7 @@ NOTABLE = (
 
 def usable_cores() -> int:
     """Return how many cores this process may run on: its affinity where the system tells, else all."""
-    if sys.platform == "linux":
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

@@ -1,0 +1,95 @@
+"""NVIDIA GPUs: what only a real device can show."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from powertrain_cuda.accelerator import CudaAccelerator
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.version.cuda is None or not torch.cuda.device_count(), reason="needs a CUDA device"),
+]
+
+MIB = 2**20
+
+
+@pytest.fixture
+def cuda() -> CudaAccelerator:
+    """The accelerator, its first device current."""
+    accelerator = CudaAccelerator()
+    accelerator.activate(accelerator.device(0))
+    return accelerator
+
+
+def test_asking_what_there_is_creates_no_context() -> None:
+    """A process that has only asked for devices has not initialized CUDA."""
+    code = (
+        "import torch; from powertrain_cuda.accelerator import CudaAccelerator\n"
+        "accelerator = CudaAccelerator(); assert accelerator.probe().available\n"
+        "assert accelerator.device(0).index == 0; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_counts_what_tensors_hold(cuda: CudaAccelerator) -> None:
+    """64 MiB held show in used and peak; released, the peak stays until it is reset."""
+    device = cuda.device(0)
+    before = cuda.memory(device).used
+    held = torch.ones(16 * MIB, device=device)
+    assert cuda.memory(device).used - before >= 64 * MIB
+    del held
+    memory = cuda.memory(device)
+    assert memory.used <= before
+    assert memory.peak >= before + 64 * MIB
+    assert 0 < memory.free <= memory.total
+    cuda.reset_peak_memory(device)
+    assert cuda.memory(device).peak == cuda.memory(device).used
+
+
+def test_generator_is_seeded_and_continues_from_its_state(cuda: CudaAccelerator) -> None:
+    """One seed gives one sequence, and a restored state repeats what followed it."""
+    device = cuda.device(0)
+    cuda.seed(3, device)
+    state = cuda.rng_state(device)
+    assert (state.dtype, state.device.type) == (torch.uint8, "cpu")
+    first = torch.rand(4, device=device)
+    cuda.set_rng_state(state, device)
+    assert torch.equal(torch.rand(4, device=device), first)
+
+
+def test_streams_order_copies_from_pinned_memory(cuda: CudaAccelerator) -> None:
+    """Data copied on a side stream is whole for the work that waited for its event."""
+    device = cuda.device(0)
+    source = cuda.pin(torch.arange(16 * MIB))
+    assert source.is_pinned()
+    side = cuda.stream(device)
+    target = torch.zeros(16 * MIB, dtype=torch.int64, device=device)
+    cuda.wait(side, cuda.record(None))
+    with cuda.use_stream(side):
+        target.copy_(source, non_blocking=True)
+        copied = cuda.record(side)
+    cuda.wait(None, copied)
+    total = target.sum()
+    cuda.synchronize(device)
+    assert total.item() == source.sum().item()
+
+
+def test_it_computes_in_every_type_it_names(cuda: CudaAccelerator) -> None:
+    """A forward and backward pass of a linear layer works in each offered type."""
+    device = cuda.device(0)
+    for dtype in cuda.dtypes():
+        layer = torch.nn.Linear(8, 8, device=device, dtype=dtype)
+        layer(torch.ones(2, 8, device=device, dtype=dtype)).sum().backward()
+        assert layer.weight.grad is not None
+
+
+def test_describe_names_the_device(cuda: CudaAccelerator) -> None:
+    """The real properties give a name and a capability."""
+    facts = cuda.describe()
+    assert facts["name"]
+    assert "." in facts["capability"]
