@@ -1,0 +1,49 @@
+"""The one thread that writes beside training, and what became of its work."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+
+class Background:
+    """Runs one save at a time in a thread of its own and keeps its outcome until asked.
+
+    The thread is a daemon: a failed process does not wait for it. Call ``join``
+    before the process ends.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._finished: deque[str] = deque()
+        self._failures: deque[Exception] = deque()
+
+    def start(self, tag: str, work: Callable[[], None]) -> None:
+        """Run ``work``, which saves ``tag``; the one before must have been joined."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._failures.append(error)
+            else:
+                self._finished.append(tag)
+
+        self._thread = threading.Thread(target=run, name=f"checkpoint {tag}", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the work under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def check(self) -> None:
+        """Raise what failed since the last call, once."""
+        if self._failures:
+            raise self._failures.popleft()
+
+    def finished(self) -> list[str]:
+        """Return the tags finished since the last call."""
+        return [self._finished.popleft() for _ in range(len(self._finished))]

@@ -1,0 +1,203 @@
+"""One save on one rank: write the shard, tell the coordinator, learn how it ended.
+
+No collective is used, so that a save can run beside training. The ranks speak
+through small files in the directory that they write into, which all of them
+see: ``rank-00001.done`` and ``rank-00001.failed`` from each, and from rank 0,
+the coordinator, either the commit, which makes the directory vanish from its
+old name, or ``failed``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+import powertrain
+from powertrain.errors import CheckpointWriteFailed
+from powertrain_checkpoint import shard
+from powertrain_checkpoint.directory import Workplace
+from powertrain_checkpoint.manifest import Chunk, File, Manifest, Tensor
+from powertrain_checkpoint.planning import Plan
+
+_log = logging.getLogger("powertrain.checkpoint")
+
+_VERDICT = "failed"
+
+
+@attrs.frozen(kw_only=True)
+class Save:
+    """A save that has been planned.
+
+    Attributes:
+        workplace: where the ranks write.
+        target: what it becomes.
+        plan: who writes what.
+        rank: this rank.
+        created: when it began, later than every other checkpoint here.
+        values: JSON that all ranks share.
+        rank_values: JSON of this rank.
+        patience: seconds without any sign of progress after which the others are taken for dead.
+    """
+
+    workplace: Workplace
+    target: Path
+    plan: Plan
+    rank: int
+    created: float
+    values: Mapping[str, Any]
+    rank_values: Mapping[str, Any]
+    patience: float
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of tensors that this rank writes."""
+        return sum(piece.entry.nbytes for piece in self.plan.pieces[self.rank])
+
+    def run(self, buffers: Iterable[memoryview]) -> None:
+        """Write this rank's chunks from ``buffers``, then see the save through.
+
+        Raises:
+            CheckpointWriteFailed: here or on another rank.
+        """
+        begin = time.monotonic()
+        try:
+            record = self._write(buffers)
+            if self.rank == 0:
+                self._commit(record)
+            else:
+                self._await_verdict()
+        except Exception as error:
+            raise self.abandon(error) from error
+        self.workplace.release()
+        seconds = time.monotonic() - begin
+        if seconds > 2:
+            _log.info("saved %s: %.2f GB at %.2f GB/s", self.target, self.nbytes / 1e9, self.nbytes / 1e9 / seconds)
+
+    def abandon(self, error: Exception) -> CheckpointWriteFailed:
+        """Free the space and tell the others; return the error to raise."""
+        failure = error if isinstance(error, CheckpointWriteFailed) else self._explain(error)
+        fields = {name: getattr(failure, name) for name in ("message", "where", "expected", "found", "remedy")}
+        # The disk may refuse this too; then the others give up when their patience ends.
+        with contextlib.suppress(OSError):
+            (self.workplace.path / _shard_name(self.rank)).unlink(missing_ok=True)
+            self._leave(_VERDICT if self.rank == 0 else _failed_name(self.rank), fields)
+        self.workplace.release()
+        return failure
+
+    def _write(self, buffers: Iterable[memoryview]) -> dict[str, Any]:
+        path = self.workplace.path / _shard_name(self.rank)
+        written = shard.write(path, [piece.entry for piece in self.plan.pieces[self.rank]], buffers)
+        record = {**attrs.asdict(written), "values": self.rank_values}
+        if self.rank:
+            self._leave(_done_name(self.rank), record)
+        return record
+
+    # --- the coordinator ---------------------------------------------------------
+
+    def _commit(self, own: dict[str, Any]) -> None:
+        records = [own]
+        for rank in range(1, len(self.plan.pieces)):
+            done, failed = (self.workplace.path / name for name in (_done_name(rank), _failed_name(rank)))
+            self._await(lambda paths=(done, failed): any(path.exists() for path in paths), f"rank {rank}")
+            if failed.exists():
+                raise CheckpointWriteFailed(**json.loads(failed.read_bytes()))
+            records.append(json.loads(done.read_bytes()))
+        self.workplace.commit(self.target, self._manifest(records))
+
+    def _manifest(self, records: list[dict[str, Any]]) -> Manifest:
+        chunks: dict[str, list[Chunk]] = {name: [] for name in self.plan.tensors}
+        for index, (pieces, record) in enumerate(zip(self.plan.pieces, records, strict=True)):
+            start = record["header_size"]
+            for piece, checksums in zip(pieces, record["checksums"], strict=True):
+                chunks[piece.name].append(Chunk(piece.offsets, piece.sizes, index, start, tuple(checksums)))
+                start += piece.entry.nbytes
+        return Manifest(
+            tag=self.target.name,
+            identity=self.workplace.identity,
+            created=self.created,
+            version=powertrain.__version__,
+            world_size=len(records),
+            files=tuple(
+                File(_shard_name(rank), record["size"], record["header_size"], record["header_checksum"])
+                for rank, record in enumerate(records)
+            ),
+            tensors={
+                name: Tensor(shape, dtype, tuple(sorted(chunks[name], key=lambda chunk: chunk.offsets)))
+                for name, (shape, dtype) in self.plan.tensors.items()
+            },
+            values=self.values,
+            rank_values=tuple(record["values"] for record in records),
+        )
+
+    # --- the other ranks -----------------------------------------------------------
+
+    def _await_verdict(self) -> None:
+        verdict = self.workplace.path / _VERDICT
+        self._await(lambda: verdict.exists() or not self.workplace.path.exists(), "rank 0")
+        with contextlib.suppress(FileNotFoundError):
+            raise CheckpointWriteFailed(**json.loads(verdict.read_bytes()))
+
+    # --- both ------------------------------------------------------------------------
+
+    def _await(self, condition: Callable[[], bool], whom: str) -> None:
+        """Wait until ``condition`` holds, as long as anything moves in the directory."""
+        seen, since, pause = -1, time.monotonic(), 0.002
+        while not condition():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+            if (size := self._written()) != seen:
+                seen, since = size, time.monotonic()
+            elif time.monotonic() - since > self.patience:
+                raise CheckpointWriteFailed(
+                    f"nothing was heard from {whom} for {self.patience:.0f} s while {self.target.name} was saved",
+                    where=str(self.workplace.path),
+                    remedy="all ranks must see the same directory; see whether that rank is alive",
+                )
+
+    def _written(self) -> int:
+        total = 0
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.workplace.path.iterdir():
+                total += 1 + path.stat().st_size
+        return total
+
+    def _explain(self, error: Exception) -> CheckpointWriteFailed:
+        path, reason = self.workplace.path / _shard_name(self.rank), f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            path, reason = Path(error.filename or path), error.strerror or str(error)
+        try:
+            free = f"{shutil.disk_usage(self.target.parent).free:,} bytes free"
+        except OSError:
+            free = "the free space cannot be read"
+        return CheckpointWriteFailed(
+            f"checkpoint {self.target.name} was not saved: rank {self.rank}: {reason}",
+            where=str(path),
+            expected=f"room for {self.nbytes:,} bytes from this rank",
+            found=free,
+        )
+
+    def _leave(self, name: str, content: dict[str, Any]) -> None:
+        path = self.workplace.path / name
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(content))
+        draft.replace(path)
+
+
+def _shard_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _done_name(rank: int) -> str:
+    return f"rank-{rank:05d}.done"
+
+
+def _failed_name(rank: int) -> str:
+    return f"rank-{rank:05d}.failed"

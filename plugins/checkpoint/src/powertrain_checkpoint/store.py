@@ -1,0 +1,252 @@
+"""The store: checkpoints in a directory that all ranks see."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from powertrain.errors import CheckpointError
+from powertrain.roles.checkpoint import CheckpointStore, Snapshot
+from powertrain_checkpoint import directory, manifest
+from powertrain_checkpoint.background import Background
+from powertrain_checkpoint.directory import Workplace
+from powertrain_checkpoint.manifest import Manifest
+from powertrain_checkpoint.planning import Plan, describe, plan_save
+from powertrain_checkpoint.reader import DirectoryReader
+from powertrain_checkpoint.saving import Save
+from powertrain_checkpoint.shard import check_size
+from powertrain_checkpoint.staging import Staging, in_place
+from powertrain_checkpoint.verdict import together
+
+if TYPE_CHECKING:
+    from powertrain.roles.accelerator import Accelerator
+    from powertrain.roles.communicator import Communicator
+
+
+@attrs.frozen
+class _Offer:
+    """What a rank brings to a save: what it holds, a hash of that, and from rank 0 a place to write."""
+
+    holding: list[Any]
+    layout: str
+    workplace: Workplace | None
+    created: float
+
+
+class DirectoryStore(CheckpointStore):
+    """Checkpoints as directories of safetensors shards with a JSON manifest.
+
+    Every rank writes and reads its own part, so all must see ``root``. A save
+    meets the other ranks before it writes, to plan, and, when it is
+    synchronous, once after; what runs in the background uses no collective.
+
+    Args:
+        root: the directory; made by the first save.
+        communicator: connects the ranks.
+        accelerator: makes the host memory of asynchronous saves page-locked where it can.
+        patience: seconds without any progress after which a save gives the other ranks up.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        communicator: Communicator,
+        accelerator: Accelerator | None = None,
+        *,
+        patience: float = 600.0,
+    ) -> None:
+        self._root = root.absolute()
+        self._communicator = communicator
+        self._patience = patience
+        self._staging = Staging(accelerator)
+        self._background = Background()
+        self._planned: tuple[str, Plan] | None = None
+        # A program that ends without ``close`` still gets its last checkpoint.
+        weakref.finalize(self, self._background.join)
+
+    # --- saving --------------------------------------------------------------------
+
+    def save(self, tag: str, snapshot: Snapshot, *, asynchronous: bool = False) -> None:
+        """Save under ``tag``, replacing what was there at one stroke; waits for an earlier asynchronous save.
+
+        Asynchronous: returns once what this rank writes is copied to host memory.
+
+        Raises:
+            CheckpointWriteFailed: the disk refused, here or on another rank, now or in an
+                earlier asynchronous save that nobody has asked about.
+            CheckpointError: the slices do not make up whole tensors, values are not JSON, or the tag is no name.
+        """
+        self._background.join()
+        save = self._prepare(tag, snapshot)
+        held = {(item.name, box.offsets): piece for item in snapshot.tensors for box, piece in item.chunks()}
+        mine = [held[piece.key] for piece in save.plan.pieces[save.rank]]
+        if asynchronous:
+            try:
+                buffers = self._staging.copy(mine)
+            except Exception as error:
+                raise save.abandon(error) from error
+            self._background.start(tag, lambda: save.run(buffers))
+        else:
+            together(self._communicator, "checkpoint saved", lambda: save.run(in_place(mine)))
+
+    def poll(self) -> list[str]:
+        """Return the tags that became complete since the last call, without waiting.
+
+        Ranks learn of the end of an asynchronous save at slightly different times.
+
+        Raises:
+            CheckpointWriteFailed: an asynchronous save failed, on this rank or another.
+        """
+        self._background.check()
+        return self._background.finished()
+
+    def wait(self) -> list[str]:
+        """Wait for asynchronous saves, then as ``poll``."""
+        self._background.join()
+        return self.poll()
+
+    def close(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            CheckpointWriteFailed: it failed, and nobody has asked about it yet.
+        """
+        self._background.join()
+        self._background.check()
+
+    def _prepare(self, tag: str, snapshot: Snapshot) -> Save:
+        """Meet the other ranks: agree on a place to write and on who writes what."""
+        offer: _Offer | None = None
+
+        def make() -> _Offer:
+            nonlocal offer
+            offer = self._offer(tag, snapshot)
+            return offer
+
+        try:
+            made, shares = together(self._communicator, "checkpoint start", make, self._share)
+            plan = self._plan(made, all(share["known"] for share in shares))
+        except BaseException:
+            if offer is not None and offer.workplace is not None:
+                offer.workplace.discard()
+            raise
+        return Save(
+            workplace=made.workplace or Workplace(self._root / shares[0]["workplace"]),
+            target=self._root / tag,
+            plan=plan,
+            rank=self._communicator.rank,
+            created=made.created,
+            # Copies: the caller may change its dictionaries while the background writes.
+            values=json.loads(json.dumps(snapshot.values)),
+            rank_values=json.loads(json.dumps(snapshot.rank_values)),
+            patience=self._patience,
+        )
+
+    def _offer(self, tag: str, snapshot: Snapshot) -> _Offer:
+        self._background.check()
+        directory.check_tag(tag)
+        _check_json("values", snapshot.values)
+        _check_json("rank_values", snapshot.rank_values)
+        holding = describe(snapshot.tensors)
+        layout = hashlib.sha256(json.dumps(holding).encode()).hexdigest()
+        if self._communicator.rank:
+            return _Offer(holding, layout, None, 0.0)
+        directory.sweep(self._root)
+        created = max(time.time(), directory.latest(self._root) + 1e-3)
+        return _Offer(holding, layout, Workplace.make(self._root, tag), created)
+
+    def _share(self, offer: _Offer) -> dict[str, Any]:
+        known = self._planned is not None and self._planned[0] == offer.layout
+        return {"known": known, "workplace": offer.workplace.path.name if offer.workplace else None}
+
+    def _plan(self, offer: _Offer, known: bool) -> Plan:
+        """Return the plan of the last save if no rank's layout has changed, or make one with the others."""
+        if known and self._planned is not None:
+            return self._planned[1]
+        # Every rank makes the same plan from the same holdings, and raises alike.
+        plan = plan_save(self._communicator.gather_json(offer.holding, label="checkpoint plan"))
+        self._planned = offer.layout, plan
+        return plan
+
+    # --- reading ---------------------------------------------------------------------
+
+    def tags(self) -> list[str]:
+        """Return the tags of complete checkpoints, oldest first, as rank 0 sees them."""
+        return list(self._first("checkpoint tags", lambda: directory.complete(self._root)))
+
+    def open(self, tag: str | None = None) -> DirectoryReader:
+        """Open ``tag``, or the newest complete checkpoint, once a save under way has ended.
+
+        Checks that every file is there and whole; their bytes are verified as they are read.
+
+        Raises:
+            CheckpointMissing: there is none.
+            ManifestMissing, ShardMissing, ShardTruncated, ShardCorrupt: it is damaged; on every rank.
+        """
+        self._background.join()
+        path = self._root / self._first("checkpoint choice", lambda: directory.choose(self._root, tag))
+        found, identities = together(
+            self._communicator, "checkpoint open", lambda: self._load(path), lambda found: found.identity
+        )
+        if len(set(identities)) > 1:
+            raise CheckpointError(
+                f"ranks see different checkpoints as {path.name}",
+                where=str(path),
+                remedy="all ranks must see the same directory, and nobody may save into it meanwhile",
+            )
+        return DirectoryReader(path, found, self._communicator)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest ``keep`` (at least 1) complete checkpoints."""
+        if keep < 1:
+            raise ValueError(f"at least one checkpoint must be kept, not {keep}")
+
+        def delete() -> None:
+            for tag in directory.complete(self._root)[:-keep]:
+                directory.delete(self._root, tag)
+
+        self._first("checkpoint prune", delete)
+
+    def _first(self, label: str, work: Callable[[], Any]) -> Any:
+        """Do something on rank 0 and return its result (JSON) on every rank."""
+        first = self._communicator.rank == 0
+        _, results = together(self._communicator, label, lambda: work() if first else None, lambda result: result)
+        return results[0]
+
+    def _load(self, path: Path) -> Manifest:
+        found = manifest.load(path)
+        # Each rank looks at its share of the files: together, at all.
+        for file in found.files[self._communicator.rank :: self._communicator.world_size]:
+            check_size(path / file.name, file.size)
+        return found
+
+
+def _check_json(what: str, value: Any, path: str = "") -> None:
+    """Refuse what JSON would not give back as it was, naming the place."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise _not_json(what, path, f"the key {key!r}")
+            _check_json(what, item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_json(what, item, f"{path}[{index}]")
+    elif not isinstance(value, str | int | float | bool | None):
+        raise _not_json(what, path, f"a {type(value).__name__}")
+
+
+def _not_json(what: str, path: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's {what} hold something that is not JSON",
+        where=f"{what}{path}",
+        expected="dictionaries with string keys, lists, strings, numbers, true, false or null",
+        found=found,
+        remedy="convert it before saving; tensors belong into the model or the optimizer",
+    )
