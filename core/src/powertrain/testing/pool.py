@@ -14,8 +14,9 @@ Each call sees the launcher's variables (``RANK``, ``WORLD_SIZE``,
 ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``), the
 caller's working directory and import path, and random generators seeded with
 0. The function is found by its source file and name, so it must stand at the
-top level of a module or class; arguments and results are pickled. A function
-that leaves a thread or a process group behind has failed.
+top level of a module or class; so must functions and classes among the
+arguments. Arguments and results are pickled. A function that leaves a thread
+or a process group behind has failed.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class RankPool:
         """As a call of the pool, with at most ``timeout`` seconds for it."""
         if not 1 <= n <= self._limit:
             raise ValueError(f"{n} ranks asked of a pool of at most {self._limit}")
-        calls = self._calls(n, function, pickle.dumps((tuple(args), dict(kwargs or {}))))
+        calls = _calls(n, function, tuple(args), dict(kwargs or {}))
         while len(self._workers) < n:
             self._workers.append(Worker(Path(tempfile.mkdtemp(prefix="powertrain-rank-"))))
         workers = self._workers[:n]
@@ -197,34 +198,6 @@ class RankPool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _calls(self, n: int, function: Callable[..., Any], arguments: bytes) -> list[Call]:
-        qualname = function.__qualname__
-        if "<" in qualname:
-            raise ValueError(f"{qualname} is a local function; ranks run those at the top level of a module")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        module = sys.modules[function.__module__]
-        return [
-            Call(
-                module=function.__module__,
-                file=str(module.__file__),
-                qualname=qualname,
-                arguments=arguments,
-                variables={
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(n),
-                    "LOCAL_RANK": str(rank),
-                    "LOCAL_WORLD_SIZE": str(n),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                },
-                directory=str(Path.cwd()),
-                path=list(sys.path),
-            )
-            for rank in range(n)
-        ]
 
     def _collect(self, workers: Sequence[Worker], timeout: float) -> tuple[dict[int, Answer], dict[int, str]]:
         """Wait for all ranks; return the answers there are, and what went wrong where."""
@@ -269,3 +242,43 @@ def _errors(answers: Mapping[int, Answer]) -> dict[int, BaseException]:
             if answer.error is not None:
                 found[rank] = pickle.loads(answer.error)
     return found
+
+
+def _calls(n: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
+    """Return each rank's call."""
+    qualname = function.__qualname__
+    if "<" in qualname:
+        raise ValueError(f"{qualname} is a local function; ranks run those at the top level of a module")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        Call(
+            modules=_modules([function, *args, *kwargs.values()]),
+            qualname=qualname,
+            arguments=pickle.dumps((args, kwargs)),
+            variables={
+                "RANK": str(rank),
+                "WORLD_SIZE": str(n),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(n),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            directory=str(Path.cwd()),
+            path=list(sys.path),
+        )
+        for rank in range(n)
+    ]
+
+
+def _modules(values: Sequence[Any]) -> tuple[tuple[str, str], ...]:
+    """Return name and file of the modules that define ``values`` or their classes, in order."""
+    found: dict[str, str] = {}
+    for value in values:
+        for definition in (value, type(value)):
+            name = getattr(definition, "__module__", None)
+            file = getattr(sys.modules.get(name or ""), "__file__", None)
+            if name and file:
+                found[name] = file
+    return tuple(found.items())

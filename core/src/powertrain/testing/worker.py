@@ -36,17 +36,15 @@ class Call:
     """What a rank is asked to run.
 
     Attributes:
-        module: the name of the function's module in the caller.
-        file: the module's source file.
-        qualname: the function's name within the module.
+        modules: name and source file of the modules that the call needs, the function's first.
+        qualname: the function's name within its module.
         arguments: the pickled ``(args, kwargs)``.
         variables: environment variables for the time of the call.
         directory: the working directory for the time of the call.
         path: the caller's ``sys.path``, so that both can import the same.
     """
 
-    module: str
-    file: str
+    modules: tuple[tuple[str, str], ...]
     qualname: str
     arguments: bytes
     variables: dict[str, str]
@@ -84,10 +82,14 @@ class Modules:
 
     def find(self, name: str, file: str) -> ModuleType:
         """Return the module, executing its file if it is new or has changed."""
-        with contextlib.suppress(ImportError, ValueError):
-            spec = importlib.util.find_spec(name) if file not in self._loaded else None
-            if spec is not None and spec.origin == file:
-                return importlib.import_module(name)
+        if file not in self._loaded:
+            here = sys.modules.get(name)
+            if here is not None and getattr(here, "__file__", None) == file:
+                return here
+            with contextlib.suppress(ImportError, ValueError):
+                spec = importlib.util.find_spec(name)
+                if spec is not None and spec.origin == file:
+                    return importlib.import_module(name)
         changed = Path(file).stat().st_mtime_ns
         known = self._loaded.get(file)
         if known is not None and known[0] == changed:
@@ -139,7 +141,8 @@ def run(call: Call, modules: Modules) -> Answer:
     answer: dict[str, Any] = {}
     with surroundings(call):
         try:
-            function: Any = modules.find(call.module, call.file)
+            home, *_ = [modules.find(name, file) for name, file in call.modules]
+            function: Any = home
             for part in call.qualname.split("."):
                 function = getattr(function, part)
             args, kwargs = pickle.loads(call.arguments)
