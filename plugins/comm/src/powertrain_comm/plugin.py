@@ -1,0 +1,49 @@
+"""The hooks of the comm plugin; imports torch only inside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from powertrain.hookspecs import hookimpl
+from powertrain.plugin import Plugin
+from powertrain_comm.config import CommConfig
+
+if TYPE_CHECKING:
+    from powertrain.environment import Rank
+    from powertrain.mesh import Mesh
+    from powertrain.roles.accelerator import Accelerator
+    from powertrain.roles.communicator import Communicator
+
+GRACE = 60.0
+"""Seconds by which torch's own timeout lies behind the watchdog's, so that the watchdog speaks first."""
+
+
+class CommPlugin(Plugin[CommConfig]):
+    """Connects the ranks with torch.distributed and watches their collectives."""
+
+    name = "comm"
+    api = 1
+    support = "first-party"
+
+    @hookimpl
+    def make_communicator(
+        self, name: str | None, accelerator: Accelerator, mesh: Mesh, rank: Rank, timeout: float
+    ) -> Communicator | None:
+        """Join a process group of the backend ``name``, or of the accelerator's best one."""
+        from powertrain_comm.rendezvous import choose_backend
+        from powertrain_comm.transport import TorchCommunicator
+
+        backend = choose_backend(name, accelerator)
+        if backend is None:
+            return None
+        device = accelerator.device(rank.local_index)
+        return TorchCommunicator(backend, device, mesh, rank, timeout + GRACE if self.config.watchdog else timeout)
+
+    @hookimpl
+    def wrap_communicator(self, communicator: Communicator, timeout: float) -> Communicator | None:
+        """Put the watchdog, and on request the cross-check, around ``communicator``."""
+        if communicator.world_size == 1 or not (self.config.watchdog or self.config.cross_check):
+            return None
+        from powertrain_comm.watchdog.watched import watch
+
+        return watch(communicator, timeout, self.config)

@@ -1,0 +1,223 @@
+"""The communicator over torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from powertrain.errors import CollectiveStalled, CommunicationError, PeerFailed
+from powertrain.mesh import DIMENSIONS, WORLD, Mesh
+from powertrain.roles.communicator import Collective, Communicator, Done, Handle, Handles
+from powertrain_comm.operations import START, START_TOGETHER, Group
+from powertrain_comm.rendezvous import join
+
+if TYPE_CHECKING:
+    from powertrain.environment import Rank
+
+LOST = ("connection closed", "connection reset", "broken pipe", "socket closed", "remote process exited")
+LATE = ("timed out", "timeout")
+
+
+class TorchHandle:
+    """Collectives that torch has started.
+
+    Args:
+        work: torch's own handle.
+        collectives: what it carries out.
+        divide: outputs to divide, and by what, once they are complete (a mean without library support).
+        rank: this process's global rank, for error messages.
+    """
+
+    def __init__(
+        self, work: dist.Work, collectives: Sequence[Collective], divide: tuple[list[torch.Tensor], int], rank: int
+    ) -> None:
+        self._work: dist.Work | None = work
+        self._collectives = tuple(collectives)
+        self._divide = divide
+        self._rank = rank
+        self._passed: torch.Event | None = None
+
+    def wait(self) -> None:
+        """Return when the result may be read and the inputs reused.
+
+        On a device with queues, that is in the order of the current queue.
+
+        Raises:
+            PeerFailed: the connection to another rank broke.
+            CollectiveStalled: it did not finish within the timeout.
+            CommunicationError: the library failed.
+        """
+        work = self._work
+        if work is None:
+            return
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise explain(error, self._collectives[0], self._rank) from error
+        outputs, count = self._divide
+        for output in outputs:
+            output.div_(count)
+        device = next((t.device for c in self._collectives for t in (c.output, c.input) if t is not None), None)
+        if device is not None and device.type != "cpu":
+            # The host runs ahead of the device: only an event can tell when the collective is over.
+            self._passed = torch.Event(device)
+            self._passed.record()
+        self._collectives = self._collectives[:1]
+        self._work = None  # it keeps tensors alive
+
+    def done(self) -> bool:
+        """Return whether ``wait`` would return at once, and the device has come that far."""
+        work = self._work
+        if work is not None:
+            return bool(work.is_completed())
+        return self._passed is None or bool(self._passed.query())
+
+
+def explain(error: Exception, collective: Collective, rank: int) -> CommunicationError:
+    """Return the error of ours that says which collective failed, and as far as torch tells why."""
+    text = str(error)
+    low = text.lower()
+    what = collective.operation + (f" of {collective.label!r}" if collective.label else "")
+    where = f"rank {rank}, along {collective.dimension!r}"
+    found = text.splitlines()[0] if text else type(error).__name__
+    if any(sign in low for sign in LOST):
+        return PeerFailed(f"{what} lost the connection to another rank", where=where, found=found)
+    if any(sign in low for sign in LATE):
+        return CollectiveStalled(f"{what} did not finish in time", where=where, found=found)
+    return CommunicationError(f"{what} failed", where=where, found=found)
+
+
+class TorchCommunicator(Communicator):
+    """Ranks connected by torch.distributed, with one process group per mesh dimension.
+
+    Args:
+        backend: gloo, nccl, mpi or another backend of torch.
+        device: where this rank's tensors live.
+        mesh: the ranks' arrangement.
+        rank: where they meet.
+        timeout: seconds until torch itself gives a collective up.
+
+    Raises:
+        LaunchError: the ranks could not meet.
+    """
+
+    def __init__(self, backend: str, device: torch.device, mesh: Mesh, rank: Rank, timeout: float) -> None:
+        self.mesh = mesh
+        self.device = device
+        self.backend = backend
+        self._lease, fresh = join(backend, rank, timeout)
+        self._made: list[dist.ProcessGroup] = []
+        self._groups = self._make_groups(timedelta(seconds=timeout), reuse_world=fresh)
+        self._open = True
+
+    def _make_groups(self, timeout: timedelta, *, reuse_world: bool) -> dict[str, Group | None]:
+        """Make the groups of every dimension, in one order on all ranks; a dimension of one has none."""
+        everyone = self.mesh.peers(WORLD)
+        world = dist.group.WORLD if reuse_world else self._new_group(everyone, timeout)
+        assert world is not None
+        groups: dict[str, Group | None] = {WORLD: Group(world, everyone, self.backend, self.device)}
+        for dimension in DIMENSIONS:
+            mine = self.mesh.peers(dimension)
+            if len(mine) == 1:
+                groups[dimension] = None
+            elif len(mine) == len(everyone):
+                groups[dimension] = groups[WORLD]
+            else:
+                made = {ranks: self._new_group(ranks, timeout) for ranks in self.mesh.groups(dimension)}
+                groups[dimension] = Group(made[mine], mine, self.backend, self.device)
+        return groups
+
+    def _new_group(self, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+        group = dist.new_group(list(ranks), timeout=timeout, backend=self.backend)
+        if self.rank in ranks:
+            self._made.append(group)
+        return group
+
+    def issue(self, collective: Collective) -> Handle:
+        """Start one collective.
+
+        Raises:
+            CommunicationError: torch refused it, or the connection is broken.
+            ValueError: it lacks a tensor, or takes the mean of integers.
+        """
+        group = self._groups[collective.dimension]
+        if group is None:
+            return _alone(collective)
+        _check(collective)
+        try:
+            work = START[collective.operation](collective, group)
+        except RuntimeError as error:
+            raise explain(error, collective, self.rank) from error
+        return self._handle(work, [collective], group)
+
+    def issue_together(self, collectives: Sequence[Collective]) -> Handle:
+        """Start several collectives; those of one kind, dimension, reduction and dtype as one."""
+        batches: dict[object, list[Collective]] = {}
+        for number, collective in enumerate(collectives):
+            joins = collective.operation in START_TOGETHER and self._groups[collective.dimension] is not None
+            dtype = None if collective.output is None else collective.output.dtype
+            key = (collective.operation, collective.dimension, collective.reduction, dtype) if joins else number
+            batches.setdefault(key, []).append(collective)
+        handles = [self.issue(batch[0]) if len(batch) == 1 else self._together(batch) for batch in batches.values()]
+        return handles[0] if len(handles) == 1 else Handles(handles)
+
+    def _together(self, batch: Sequence[Collective]) -> Handle:
+        first = batch[0]
+        group = self._groups[first.dimension]
+        assert group is not None
+        for collective in batch:
+            _check(collective)
+        try:
+            work = START_TOGETHER[first.operation](batch, group)
+        except RuntimeError as error:
+            raise explain(error, first, self.rank) from error
+        return self._handle(work, batch, group)
+
+    def _handle(self, work: dist.Work | None, batch: Sequence[Collective], group: Group) -> Handle:
+        if work is None:
+            return Done()
+        averaging = batch[0].reduction == "mean" and not group.averages
+        outputs = [part.output for part in batch if part.output is not None] if averaging else []
+        return TorchHandle(work, batch, (outputs, len(group.ranks)), self.rank)
+
+    def describe(self) -> dict[str, str]:
+        """Return the library, its version and the groups."""
+        sizes = {name: len(group.ranks) for name, group in self._groups.items() if group is not None}
+        facts = {
+            "library": f"torch.distributed ({self.backend})",
+            "torch": torch.__version__,
+            "groups": ", ".join(f"{name} {size}" for name, size in sizes.items()),
+        }
+        if self.backend == "nccl":
+            facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        return facts
+
+    def close(self) -> None:
+        """Destroy this communicator's groups; closing twice does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        self._groups.clear()
+        while self._made:
+            dist.destroy_process_group(self._made.pop())
+        self._lease.release()
+
+
+def _check(collective: Collective) -> None:
+    output = collective.output
+    if collective.reduction == "mean" and output is not None and not output.is_floating_point():
+        raise ValueError(f"{collective.operation} cannot take the mean of {output.dtype}; reduce by sum and divide")
+
+
+def _alone(collective: Collective) -> Handle:
+    """Carry a collective out along a dimension of one rank: a copy at most."""
+    if collective.operation in ("send", "receive"):
+        raise ValueError(f"there is nobody to {collective.operation} along {collective.dimension!r}: it has one rank")
+    given, taken = collective.input, collective.output
+    if given is not None and taken is not None and given is not taken:
+        taken.copy_(given.view_as(taken))
+    return Done()
