@@ -9,9 +9,10 @@ import attrs
 if TYPE_CHECKING:
     import torch
 
-    from powertrain.config import Config
+    from powertrain.config import BatchSizes, Config
     from powertrain.environment import Rank
     from powertrain.mesh import Mesh
+    from powertrain.precision import Recipe
     from powertrain.registry import Registry
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.communicator import Communicator
@@ -28,6 +29,8 @@ class Context:
         accelerator: what computes.
         device: this rank's device.
         communicator: what connects the ranks, wrappers included.
+        batch: samples per micro-batch, micro-batches per step, samples per step.
+        recipe: the number format of each part of a step.
         hooks: the plugins of this engine.
     """
 
@@ -37,4 +40,6 @@ class Context:
     accelerator: Accelerator
     device: torch.device
     communicator: Communicator
+    batch: BatchSizes
+    recipe: Recipe
     hooks: Registry

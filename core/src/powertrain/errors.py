@@ -237,7 +237,9 @@ class CollectiveStalled(CommunicationError):
     """A collective did not finish within `[communicator] timeout`."""
 
     code = "PT502"
-    advice = "look at the rank that the table shows behind the others; raise `[communicator] timeout` if it was only slow"
+    advice = (
+        "look at the rank that the table shows behind the others; raise `[communicator] timeout` if it was only slow"
+    )
 
 
 class CollectiveDiverged(CommunicationError):

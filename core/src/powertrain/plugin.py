@@ -7,6 +7,7 @@ names: listing and checking plugins must answer in a fraction of a second.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import attrs
@@ -63,6 +64,7 @@ class Plugin(Generic[C]):
         name: the entry point's name, and the section in the TOML file.
         api: the plugin API the class was written for.
         phase: when ``transform_model`` runs; required of plugins that have one.
+        options: option tables that it adds: ``{"optimizer": {"lion": LionOptions}}``.
         fallback: for accelerators: chosen only when no other one is available.
         support: who answers for it: ``"first-party"`` or ``"community"``.
         Config: the attrs class of the table (from the type parameter).
@@ -72,6 +74,7 @@ class Plugin(Generic[C]):
     name: ClassVar[str] = ""
     api: ClassVar[int] = 0
     phase: ClassVar[Phase | None] = None
+    options: ClassVar[Mapping[str, Mapping[str, type]]] = {}
     fallback: ClassVar[bool] = False
     support: ClassVar[str] = "community"
     Config: ClassVar[type[Any]] = NoConfig

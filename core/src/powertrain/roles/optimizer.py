@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
@@ -35,11 +35,12 @@ class Update:
 
     Attributes:
         applied: False when the gradients overflowed and the step was skipped.
-        grad_norm: the global norm before clipping, a 0-d tensor; None when nobody asked.
+        grad_norm: returns the global norm before clipping, a 0-d tensor. Called on some
+            ranks only, so it must not communicate, and before the next ``begin``.
     """
 
     applied: bool
-    grad_norm: torch.Tensor | None
+    grad_norm: Callable[[], torch.Tensor]
 
 
 class OptimizerWrapper(ABC):
@@ -75,6 +76,10 @@ class OptimizerWrapper(ABC):
     @abstractmethod
     def tensors(self) -> list[TensorSlice]:
         """Return this rank's slices of parameters and optimizer state, by global name."""
+
+    def values(self) -> dict[str, Any]:
+        """Return optimizer state that is no tensor, as JSON that is the same on every rank."""
+        return {}
 
     @abstractmethod
     def load(self, reader: CheckpointReader) -> list[str]:

@@ -1,0 +1,302 @@
+"""Builds an engine: reads the configuration, asks the plugins, puts the parts together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from powertrain import config as configuration
+from powertrain import optimizers, random_state, schedule
+from powertrain.accumulation import Accumulation
+from powertrain.call import ModelCall
+from powertrain.config import Config
+from powertrain.context import Context
+from powertrain.engine import Engine
+from powertrain.environment import Rank
+from powertrain.errors import (
+    AcceleratorError,
+    CommunicatorMissing,
+    DataError,
+    OptimizerError,
+    PluginConflict,
+)
+from powertrain.mesh import Mesh
+from powertrain.plugin import Plugin
+from powertrain.precision import LossScale, Recipe
+from powertrain.registry import Registry, hooks_of, schemas_for, select
+from powertrain.replicated import ReplicatedOptimizer
+from powertrain.roles.accelerator import Accelerator
+from powertrain.roles.communicator import Communicator, SingleProcess
+from powertrain.roles.optimizer import OptimizerWrapper
+from powertrain.sampling import EpochSampler, Loader
+
+_log = logging.getLogger("powertrain")
+
+OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+def initialize(
+    model: torch.nn.Module,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    dataset: Any = None,
+    loss_fn: Callable[..., Any] | None = None,
+    optimizer: OptimizerLike | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    *,
+    scheduler: Any = None,
+    plugins: Sequence[Plugin[Any]] = (),
+    overrides: Sequence[str] = (),
+) -> Engine:
+    """Make an engine that trains ``model``.
+
+    Args:
+        model: any module; it is moved to the device and converted in place.
+        config: a TOML file's path, a mapping of the same shape, or None for the defaults.
+        dataset: a map-style dataset; ``engine.loader`` then yields its batches.
+        loss_fn: makes the loss where the model does not return it (see ``ModelCall``).
+        optimizer: an optimizer over the model's parameters, or a function that makes
+            one of an iterable of parameters, in place of ``[optimizer]``.
+        collate_fn: makes a batch of a list of samples, as in torch's DataLoader.
+        scheduler: a torch scheduler on ``optimizer``, or a function that makes one
+            of an optimizer, in place of ``[scheduler]``.
+        plugins: ready plugin objects that act before those of the configuration.
+        overrides: ``"batch.micro=4"`` strings that win over the configuration.
+
+    Raises:
+        ConfigError: with every problem of the configuration.
+        PowertrainError: a plugin, device or peer that the configuration needs is not there.
+    """
+    rank = Rank.from_environment()
+    document = configuration.read(config, overrides=overrides)
+    schemas = schemas_for(document, plugins)
+    settings = configuration.structure(document, schemas.tables, installed=schemas.installed, options=schemas.options)
+    hooks = Registry(plugins, settings.plugins.pin)
+    for plugin in select(settings, schemas, world_size=rank.world_size):
+        if plugin.name not in hooks.plugins:
+            hooks.add(plugin)
+
+    accelerator = choose_accelerator(hooks, settings.accelerator.use)
+    device = accelerator.device(rank.local_index)
+    accelerator.activate(device)
+    mesh = Mesh.build(rank.world_size, rank.index)
+    communicator = connect(hooks, settings, accelerator, device, mesh, rank)
+    try:
+        return _build(
+            model, settings, hooks, accelerator, device, mesh, communicator, rank,
+            dataset=dataset, loss_fn=loss_fn, optimizer=optimizer, collate_fn=collate_fn, scheduler=scheduler,
+        )  # fmt: skip
+    except BaseException as error:
+        communicator.report(error)
+        communicator.close()
+        raise
+
+
+def _build(
+    model: torch.nn.Module,
+    settings: Config,
+    hooks: Registry,
+    accelerator: Accelerator,
+    device: torch.device,
+    mesh: Mesh,
+    communicator: Communicator,
+    rank: Rank,
+    *,
+    dataset: Any,
+    loss_fn: Callable[..., Any] | None,
+    optimizer: OptimizerLike | None,
+    collate_fn: Callable[..., Any] | None,
+    scheduler: Any,
+) -> Engine:
+    """Put the parts together once the ranks are connected."""
+    batch = configuration.resolve_batch(settings.batch, mesh.size("data"))
+    context = Context(
+        config=settings,
+        rank=rank,
+        mesh=mesh,
+        accelerator=accelerator,
+        device=device,
+        communicator=communicator,
+        batch=batch,
+        recipe=Recipe.build(settings.precision, accelerator),
+        hooks=hooks,
+    )
+    random_state.seed_all(context, settings.run.seed)
+    model.to(device)
+    broadcast_from_first(model, communicator)
+    for name in hooks.transforms():
+        model = hooks.call(name, "transform_model", model=model, context=context) or model
+    convert_buffers(model, context.recipe)
+    inner = make_optimizer(model, optimizer, settings, hooks)
+    wrapper: OptimizerWrapper | None = hooks.one("wrap_optimizer", model=model, optimizer=inner, context=context)
+    wrapper = wrapper or ReplicatedOptimizer(model, inner, context)
+    engine = Engine(
+        module=model,
+        context=context,
+        call=ModelCall(model, loss_fn),
+        optimizer=wrapper,
+        schedule=make_schedule(wrapper.optimizer, scheduler, settings),
+        loss_scale=LossScale.build(settings.precision),
+        loader=make_loader(dataset, collate_fn, context),
+    )
+    strict = settings.is_stated("batch.micro") or settings.is_stated("batch.total")
+    engine.attach(hooks.one("make_runner", engine=engine) or Accumulation(engine, strict_micro=strict))
+    _log.info(
+        "%d rank(s) on %s; batch %d = micro %d x accumulation %d x %d; precision: %s",
+        mesh.world_size, device, batch.total, batch.micro, batch.accumulation, mesh.size("data"), context.recipe,
+    )  # fmt: skip
+    for listener in hooks.listeners("on_engine_ready"):
+        listener(engine=engine)
+    return engine
+
+
+def choose_accelerator(hooks: Registry, name: str | None) -> Accelerator:
+    """Return the accelerator called ``name``, or the available one; the other candidates are forgotten.
+
+    Raises:
+        AcceleratorError: there is none.
+        PluginConflict: several are available and none is named.
+    """
+    candidates = {n: p for n, p in hooks.plugins.items() if "make_accelerator" in hooks_of(p)}
+    if name is None:
+        name = _available(candidates)
+    accelerator: Accelerator | None = hooks.one("make_accelerator", name=name)
+    if accelerator is None:
+        raise AcceleratorError(
+            f"no installed plugin makes an accelerator called {name!r}",
+            where="accelerator.use",
+            expected=f"one of {', '.join(candidates) or 'none that is installed'}",
+            remedy=f"pip install powertrain-{name}",
+        )
+    for other in candidates:
+        if hooks.call(other, "make_accelerator", name=name) is None:
+            hooks.remove(other)
+    return accelerator
+
+
+def _available(candidates: Mapping[str, Plugin[Any]]) -> str:
+    probes = {name: plugin.is_available() for name, plugin in candidates.items()}
+    ready = [name for name, probe in probes.items() if probe.available]
+    first = [name for name in ready if not candidates[name].fallback] or ready
+    if len(first) > 1:
+        raise PluginConflict(
+            f"several accelerators are available: {', '.join(first)}",
+            remedy=f'choose one: [accelerator] use = "{first[0]}"',
+        )
+    if not first:
+        found = "; ".join(f"{name}: {probe.reason}" for name, probe in probes.items())
+        raise AcceleratorError("no accelerator is available", found=found or "no accelerator plugin is installed")
+    return first[0]
+
+
+def connect(
+    hooks: Registry, settings: Config, accelerator: Accelerator, device: torch.device, mesh: Mesh, rank: Rank
+) -> Communicator:
+    """Connect the ranks, and wrap the connection in what the plugins put around it.
+
+    Raises:
+        CommunicatorMissing: there are several ranks and no plugin connects them.
+    """
+    if mesh.world_size == 1:
+        return SingleProcess(mesh, device)
+    name, timeout = settings.communicator.use, settings.communicator.timeout
+    found = hooks.one("make_communicator", name=name, accelerator=accelerator, mesh=mesh, rank=rank, timeout=timeout)
+    if found is None:
+        raise CommunicatorMissing(
+            f"{mesh.world_size} ranks were started, but no plugin connects them" + (f" by {name!r}" if name else ""),
+            where="communicator.use" if name else f"variables set by {rank.launcher}",
+        )
+    communicator = cast("Communicator", found)
+    for plugin in list(hooks.plugins):
+        wrapped = hooks.call(plugin, "wrap_communicator", communicator=communicator, timeout=timeout)
+        communicator = communicator if wrapped is None else wrapped
+    return communicator
+
+
+def broadcast_from_first(model: torch.nn.Module, communicator: Communicator) -> None:
+    """Give every data rank the parameters and buffers of the first."""
+    if communicator.size("data") == 1:
+        return
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    handles = []
+    for name, tensor in tensors:
+        target = tensor.detach().contiguous()
+        handles.append((communicator.broadcast(target, 0, label=f"initial {name}"), tensor, target))
+    for handle, tensor, target in handles:
+        handle.wait()
+        if target.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(target)
+
+
+def convert_buffers(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Convert floating-point buffers to the format of the parameters, as ``model.to(dtype)`` would."""
+    if recipe.parameters == torch.float32:
+        return
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(recipe.parameters))
+
+
+def make_optimizer(
+    model: torch.nn.Module, given: OptimizerLike | None, settings: Config, hooks: Registry
+) -> torch.optim.Optimizer:
+    """Return the caller's optimizer, or the one that ``[optimizer]`` names.
+
+    Raises:
+        OptimizerError: no plugin makes it, or it is no optimizer.
+    """
+    if isinstance(given, torch.optim.Optimizer):
+        return given
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    if given is not None:
+        made = given(trainable)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise OptimizerError(
+                "optimizer= made no optimizer", expected="a torch.optim.Optimizer", found=type(made).__name__
+            )
+        return made
+    table = settings.optimizer
+    factory = hooks.one("make_optimizer", name=table.name, options=dict(table.options))
+    factory = factory or optimizers.torch_factory(table.name, table.options)
+    if factory is None:
+        raise OptimizerError(f"no plugin makes the optimizer {table.name!r}", where="optimizer.name")
+    if not trainable:
+        raise OptimizerError("the model has no parameter that requires a gradient", remedy="unfreeze some of it")
+    return cast("torch.optim.Optimizer", factory(trainable))
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, given: Any, settings: Config) -> schedule.Schedule | None:
+    """Return the caller's schedule or the configured one; None when the rate never changes."""
+    if given is not None:
+        return schedule.TorchSchedule(given(optimizer) if callable(given) else given)
+    table = settings.scheduler
+    if table.name == "constant" and not table.options.get("warmup"):
+        return None
+    return schedule.build(table.name, table.options, optimizer)
+
+
+def make_loader(dataset: Any, collate_fn: Callable[..., Any] | None, context: Context) -> Loader | None:
+    """Return the loader of ``dataset``, or None without one.
+
+    Raises:
+        DataError: the dataset has no length.
+    """
+    if dataset is None:
+        return None
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            "the dataset has no length and no items by index",
+            found=type(dataset).__name__,
+            remedy="leave dataset= out, loop over your own loader, and pass its batches to engine.train_step",
+        )
+    sampler = context.hooks.one("make_sampler", dataset=dataset, context=context)
+    if sampler is None:
+        mesh = context.mesh
+        sampler = EpochSampler(
+            len(dataset), context.batch, mesh.index("data"), mesh.size("data"), context.config.run.seed
+        )
+    return Loader(dataset, sampler, collate_fn)

@@ -1,0 +1,65 @@
+"""Torch's own optimizers, by name or by dotted path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from powertrain.errors import OptimizerError
+from powertrain.roles.optimizer import Granularity, OptimizerFactory
+
+_CLASSES = {
+    "adamw": "AdamW",
+    "adam": "Adam",
+    "sgd": "SGD",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "adamax": "Adamax",
+}
+
+
+class TorchFactory:
+    """Makes one kind of torch optimizer with fixed options.
+
+    Attributes:
+        granularity: all named ones update element by element; of a dotted one
+            nothing is known, so it is given whole matrices.
+    """
+
+    granularity: Granularity
+
+    def __init__(self, kind: Any, options: Mapping[str, Any], granularity: Granularity) -> None:
+        self.kind, self.options, self.granularity = kind, dict(options), granularity
+
+    def __call__(self, params: Iterable[Any]) -> torch.optim.Optimizer:
+        """Return the optimizer of ``params``."""
+        try:
+            optimizer: torch.optim.Optimizer = self.kind(params, **self.options)
+        except (TypeError, ValueError) as error:
+            raise OptimizerError(
+                f"{self.kind.__name__} refuses its options", where="optimizer", found=str(error)
+            ) from error
+        return optimizer
+
+
+def torch_factory(name: str, options: Mapping[str, Any]) -> OptimizerFactory | None:
+    """Return the factory of one of torch's optimizers, or of any class by its dotted path.
+
+    Raises:
+        OptimizerError: a dotted path that leads to no optimizer.
+    """
+    if name in _CLASSES:
+        return TorchFactory(getattr(torch.optim, _CLASSES[name]), options, "element")
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        return None
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise OptimizerError(f"there is no optimizer {name}", where="optimizer.name", found=str(error)) from error
+    return TorchFactory(kind, options, "matrix")

@@ -1,0 +1,177 @@
+"""The default optimizer wrapper: every rank holds the whole model.
+
+Gradients are averaged over the data dimension in buckets, overlapped with
+backward, and every rank computes the same update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from powertrain.buckets import GradientBuckets
+from powertrain.context import Context
+from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
+from powertrain.roles.optimizer import OptimizerWrapper, Update
+
+
+class ReplicatedOptimizer(OptimizerWrapper):
+    """Replicated data parallel, and the master weights that low precision needs.
+
+    Args:
+        model: the model; its parameters are converted to the recipe's format in place.
+        optimizer: the optimizer over the model's parameters; where master weights
+            differ from the model's, its groups are pointed at the masters.
+        context: the run.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
+        recipe = context.recipe
+        self.optimizer = optimizer
+        self._named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        self._frozen = [(name, param) for name, param in model.named_parameters() if not param.requires_grad]
+        self._masters = {
+            param: param
+            if recipe.master == recipe.parameters
+            else torch.nn.Parameter(param.detach().to(recipe.master, copy=True))
+            for _, param in self._named
+        }
+        for param in model.parameters():
+            if param.is_floating_point():
+                param.data = param.data.to(recipe.parameters)
+        for group in optimizer.param_groups:
+            group["params"] = [self._masters.get(param, param) for param in group["params"]]
+        # Alone, and with nothing to convert, autograd's own accumulation is the best there is.
+        self._buckets: GradientBuckets | None = None
+        if context.communicator.size("data") > 1 or recipe.reduce != recipe.parameters:
+            backward_order = list(reversed(self._named))
+            self._buckets = GradientBuckets(backward_order, context.communicator, recipe.reduce)
+        self._first = True
+
+    def begin(self, *, last: bool) -> None:
+        """Prepare for a micro-batch; the first one after a step drops the old gradients."""
+        if self._first:
+            for param, master in self._masters.items():
+                param.grad = None
+                master.grad = None
+        if self._buckets is not None:
+            self._buckets.begin(first=self._first, last=last)
+        self._first = False
+
+    def step(self, *, grad_scale: float, clip: float | None, check_overflow: bool) -> Update:
+        """Average, clip and apply the gradients."""
+        self._deliver()
+        masters = [master for master in self._masters.values() if master.grad is not None]
+        grads = [master.grad for master in masters if master.grad is not None]
+        self._first = True
+        if grad_scale != 1.0:
+            for grad in grads:
+                grad.mul_(1.0 / grad_scale)
+        norm: torch.Tensor | None = None
+        if clip is not None or check_overflow:
+            norm = torch.nn.utils.get_total_norm(grads)
+        if check_overflow and norm is not None and not bool(norm.isfinite()):
+            return Update(applied=False, grad_norm=lambda: norm)
+        if clip is not None and norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
+        self.optimizer.step()
+        self._publish()
+        return Update(
+            applied=True,
+            grad_norm=lambda: norm if norm is not None else torch.nn.utils.get_total_norm(grads),
+        )
+
+    def _deliver(self) -> None:
+        """Put the averaged gradients where the optimizer looks for them."""
+        averaged = self._buckets.finish() if self._buckets is not None else None
+        for param, master in self._masters.items():
+            grad = param.grad if averaged is None else averaged.get(param)
+            master.grad = grad if grad is None or grad.dtype == master.dtype else grad.to(master.dtype)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Copy the masters into the model where they are not the same tensors."""
+        for param, master in self._masters.items():
+            if param is not master:
+                param.copy_(master)
+
+    def discard(self) -> None:
+        """Drop the gradients gathered so far."""
+        if self._buckets is not None:
+            self._buckets.drain()
+        self._first = True
+
+    def tensors(self) -> list[TensorSlice]:
+        """Return all parameters (masters) and their optimizer state."""
+        result = [_slice(f"model/{name}", param) for name, param in self._frozen]
+        for name, param in self._named:
+            master = self._masters[param]
+            result.append(_slice(f"model/{name}", master))
+            for key, value in self.optimizer.state.get(master, {}).items():
+                if isinstance(value, torch.Tensor):
+                    result.append(_slice(f"optimizer/{name}/{key}", value))
+        return result
+
+    def values(self) -> dict[str, Any]:
+        """Return optimizer state that is no tensor, by parameter name and key."""
+        result: dict[str, Any] = {}
+        for name, param in self._named:
+            state = self.optimizer.state.get(self._masters[param], {})
+            plain = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+            if plain:
+                result[name] = plain
+        return result
+
+    @torch.no_grad()
+    def load(self, reader: CheckpointReader) -> list[str]:
+        """Fill parameters and optimizer state; state the optimizer has not made yet is made here."""
+        live: list[tuple[str, torch.Tensor]] = [(f"model/{name}", param) for name, param in self._frozen]
+        by_name = {name: self._masters[param] for name, param in self._named}
+        live += [(f"model/{name}", master) for name, master in by_name.items()]
+        group_of = {param: group for group in self.optimizer.param_groups for param in group["params"]}
+        for name, master in by_name.items():
+            self.optimizer.state.pop(master, None)
+            plain = reader.values.get("optimizer", {}).get(name)
+            if plain:
+                self.optimizer.state[master].update(plain)
+        for full_name, info in reader.tensors.items():
+            kind, _, rest = full_name.partition("/")
+            name, _, key = rest.rpartition("/")
+            if kind != "optimizer" or name not in by_name:
+                continue
+            master = by_name[name]
+            group = group_of[master]
+            # torch keeps the step counter on the host unless the update itself reads it on the device.
+            on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
+            value = torch.empty(info.shape, dtype=info.dtype, device="cpu" if on_host else master.device)
+            self.optimizer.state[master][key] = value
+            live.append((full_name, value))
+        fill(reader, live)
+        self._publish()
+        return [name for name, _ in live]
+
+    def close(self) -> None:
+        """Take the gradient hooks off the model."""
+        if self._buckets is not None:
+            self._buckets.close()
+
+
+def _slice(name: str, tensor: torch.Tensor) -> TensorSlice:
+    return TensorSlice(name, tuple(tensor.shape), tensor.detach().reshape(-1))
+
+
+def fill(reader: CheckpointReader, live: list[tuple[str, torch.Tensor]]) -> None:
+    """Read whole tensors in place, through a copy where one is not contiguous."""
+    slices, copies = [], []
+    for name, tensor in live:
+        target = tensor.detach()
+        if not target.is_contiguous():
+            flat = torch.empty(target.numel(), dtype=target.dtype, device=target.device)
+            copies.append((target, flat))
+        else:
+            flat = target.view(-1)
+        slices.append(TensorSlice(name, tuple(target.shape), flat))
+    reader.read(slices)
+    for target, flat in copies:
+        target.copy_(flat.view(target.shape))

@@ -1,0 +1,210 @@
+"""What a checkpoint holds of an engine, and how an engine continues from one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from powertrain import random_state
+from powertrain.context import Context
+from powertrain.errors import CheckpointError, CheckpointMismatch
+from powertrain.replicated import fill
+from powertrain.roles.checkpoint import CheckpointReader, CheckpointStore, Snapshot, TensorSlice
+from powertrain.text import did_you_mean
+
+if TYPE_CHECKING:
+    from powertrain.config import Config
+    from powertrain.engine import Engine
+
+
+@attrs.frozen(kw_only=True)
+class LoadReport:
+    """What ``load_checkpoint`` did.
+
+    Attributes:
+        tag: the checkpoint's name.
+        step: the optimizer steps done when it was saved.
+        world_size: the number of ranks that saved it.
+        loaded: the names of all tensors that were filled.
+        fresh: trainable parameters for which it holds no optimizer state.
+        client_state: the caller's own JSON.
+    """
+
+    tag: str
+    step: int
+    world_size: int
+    loaded: list[str]
+    fresh: list[str]
+    client_state: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.tag}: step {self.step}, {len(self.loaded)} tensors, saved by {self.world_size} ranks"
+
+
+def checkpoint_uri(config: Config, directory: Any) -> str:
+    """Return where checkpoints live: the argument, the configured place, or the default."""
+    chosen = directory if directory is not None else config.checkpoint.directory
+    return str(chosen) if chosen is not None else str(Path(config.run.output) / "checkpoints")
+
+
+def open_store(context: Context, uri: str) -> CheckpointStore:
+    """Ask the plugins for the store of ``uri``.
+
+    Raises:
+        CheckpointError: no plugin keeps checkpoints there.
+    """
+    store: CheckpointStore | None = context.hooks.one("make_checkpoint_store", uri=uri, context=context)
+    if store is None:
+        raise CheckpointError(
+            "no plugin keeps checkpoints in this place", where=uri, remedy="pip install powertrain-checkpoint"
+        )
+    return store
+
+
+def _buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the persistent buffers, which are what a state dict has beyond parameters."""
+    params = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    result = []
+    for name, value in module.state_dict(keep_vars=True).items():
+        if name in params:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                "the model keeps extra state that is no tensor",
+                where=name,
+                found=type(value).__name__,
+                remedy="keep it in a buffer, or save it through client_state",
+            )
+        result.append((name, value))
+    return result
+
+
+def _aliases(module: torch.nn.Module) -> dict[str, str]:
+    """Return the further names of tied parameters, each with the name it is saved under."""
+    first = {param: name for name, param in module.named_parameters()}
+    return {
+        name: first[param] for name, param in module.named_parameters(remove_duplicate=False) if first[param] != name
+    }
+
+
+def snapshot(engine: Engine, client_state: dict[str, Any] | None) -> Snapshot:
+    """Return this rank's part of the engine's state.
+
+    Raises:
+        CheckpointError: ``client_state`` is not JSON.
+    """
+    context = engine.context
+    tensors = list(engine.optimizer_wrapper.tensors())
+    for name, buffer in _buffers(engine.module):
+        tensors.append(TensorSlice(f"model/{name}", tuple(buffer.shape), buffer.detach().reshape(-1)))
+    for kind, value in random_state.state_tensors(context).items():
+        tensors.append(TensorSlice(f"rng/{context.rank.index}/{kind}", tuple(value.shape), value.reshape(-1)))
+    try:
+        client = json.loads(json.dumps(client_state or {}))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            "client_state is not JSON",
+            found=str(error),
+            remedy="keep to dicts with string keys, lists, strings, numbers, booleans and None",
+        ) from error
+    values = {
+        "step": engine.global_step,
+        "world_size": context.mesh.world_size,
+        "aliases": _aliases(engine.module),
+        "optimizer": engine.optimizer_wrapper.values(),
+        "groups": _groups(engine),
+        "schedule": engine.schedule.state() if engine.schedule is not None else None,
+        "loss_scale": engine.loss_scale.state(),
+        "sampler": engine.loader.sampler.state() if engine.loader is not None else None,
+        "client": client,
+    }
+    return Snapshot(tensors=tensors, values=values, rank_values={"rng": random_state.state_values()})
+
+
+def _groups(engine: Engine) -> list[dict[str, Any]]:
+    """Return the numbers of each parameter group."""
+    groups = engine.optimizer_wrapper.optimizer.param_groups
+    plain = (bool, int, float, str, tuple, list, type(None))
+    return [{k: v for k, v in group.items() if k != "params" and isinstance(v, plain)} for group in groups]
+
+
+def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
+    """Fill the engine from a checkpoint; nothing is changed when the model does not match.
+
+    Raises:
+        CheckpointMismatch: parameters or buffers differ in name or shape.
+    """
+    module, context = engine.module, engine.context
+    check_names(engine, reader)
+    loaded = engine.optimizer_wrapper.load(reader)
+    buffers = [(f"model/{name}", buffer) for name, buffer in _buffers(module)]
+    fill(reader, buffers)
+    values = reader.values
+    engine.global_step = int(values["step"])
+    if engine.schedule is not None and values["schedule"] is not None:
+        engine.schedule.load_state(values["schedule"])
+    elif engine.schedule is None:
+        for group, saved in zip(engine.optimizer_wrapper.optimizer.param_groups, values["groups"], strict=False):
+            # Without a schedule the learning rate belongs to whoever set it last.
+            if "lr" in saved and not context.config.is_stated("optimizer.lr"):
+                group["lr"] = saved["lr"]
+    engine.loss_scale.load_state(values["loss_scale"])
+    if engine.loader is not None and values["sampler"] is not None:
+        engine.loader.sampler.load_state(values["sampler"])
+    _restore_random(context, reader, engine.global_step)
+    engine.client_state = dict(values["client"])
+    trainable = [name for name, param in module.named_parameters() if param.requires_grad]
+    with_state = {name.split("/", 1)[1].rpartition("/")[0] for name in loaded if name.startswith("optimizer/")}
+    return LoadReport(
+        tag=reader.tag,
+        step=engine.global_step,
+        world_size=int(values["world_size"]),
+        loaded=[*loaded, *(name for name, _ in buffers)],
+        fresh=[name for name in trainable if name not in with_state] if with_state else trainable,
+        client_state=engine.client_state,
+    )
+
+
+def check_names(engine: Engine, reader: CheckpointReader) -> None:
+    """Compare names and shapes of the model's tensors with the checkpoint's.
+
+    Raises:
+        CheckpointMismatch: with up to ten of the differences.
+    """
+    module = engine.module
+    wanted = {f"model/{name}": tuple(param.shape) for name, param in module.named_parameters()}
+    wanted |= {f"model/{name}": tuple(buffer.shape) for name, buffer in _buffers(module)}
+    saved = {name: info.shape for name, info in reader.tensors.items() if name.startswith("model/")}
+    problems = []
+    for name, shape in wanted.items():
+        if name not in saved:
+            hint = did_you_mean(name[6:], [other[6:] for other in saved if other not in wanted])
+            problems.append(f"{name[6:]}: not in the checkpoint{hint}")
+        elif tuple(saved[name]) != tuple(shape):
+            problems.append(f"{name[6:]}: shape {tuple(saved[name])} in the checkpoint, {tuple(shape)} in the model")
+    problems += [f"{name[6:]}: in the checkpoint, not in the model" for name in saved if name not in wanted]
+    if problems:
+        shown = problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        raise CheckpointMismatch(
+            f"checkpoint {reader.tag!r} was made from another model: {len(problems)} tensors differ",
+            found="\n    ".join(shown),
+        )
+
+
+def _restore_random(context: Context, reader: CheckpointReader, step: int) -> None:
+    """Continue this rank's generators; a rank that did not exist then starts its own."""
+    rank = context.rank.index
+    if rank >= len(reader.rank_values):
+        random_state.seed_all(context, context.config.run.seed + 7919 * step)
+        return
+    random_state.load_values(dict(reader.rank_values[rank]["rng"]))
+    live = {}
+    for name, info in reader.tensors.items():
+        if name.startswith(f"rng/{rank}/"):
+            live[name] = torch.empty(info.shape, dtype=info.dtype)
+    fill(reader, list(live.items()))
+    random_state.load_tensors(context, {name.rpartition("/")[2]: value for name, value in live.items()})
