@@ -9,6 +9,11 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the ``powertrain`` command and exit with its code."""
+    import io
+    import sys
+
     from powertrain.cli.root import cli
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a sign shows a question mark
     cli.main(prog_name="powertrain")

@@ -146,7 +146,7 @@ def _run(plan: LaunchPlan, *, quiet: bool) -> int:
                 "the hosts could not meet" if plan.endpoint else "the ranks could not be started",
                 where=plan.endpoint,
                 found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                remedy="check that the endpoint is a free port of a host that all can reach; --verbose shows the agent's log",
+                remedy="choose a free port of a host that all can reach; --verbose shows the agent's log",
             ) from error
         finally:
             logging.disable(previous)

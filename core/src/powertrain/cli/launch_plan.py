@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-import sys
 from pathlib import Path
 
 import attrs
@@ -77,9 +76,8 @@ class LaunchPlan:
 
 def cores() -> int:
     """Return how many processor cores this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def thread_variables(processes: int) -> dict[str, str]:

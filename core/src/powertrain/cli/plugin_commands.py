@@ -51,15 +51,15 @@ def _commands(plugin: object, entry: Installed) -> dict[str, click.Command]:
             where=f"{entry.target} of {entry.distribution} {entry.version}",
             found=f"{type(error).__name__}: {error}",
         ) from error
-    return group.commands
+    return dict(group.commands)
 
 
 def _warn(entry: Installed, error: PluginError) -> None:
     if environment.strict_plugins():
         raise error
     detail = " ".join((error.found or error.message).split())
+    source = f"{entry.target} of {entry.distribution} {entry.version}"
     click.echo(
-        f"Warning: plugin {entry.name!r} of {entry.distribution} {entry.version} ({entry.target}) is left out: {detail}; "
-        f"silence this with --no-plugin {entry.name}",
+        f"Warning: plugin {entry.name!r} ({source}) is left out: {detail}; silence this with --no-plugin {entry.name}",
         err=True,
     )

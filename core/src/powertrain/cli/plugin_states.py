@@ -131,7 +131,7 @@ def _turned_off(name: str) -> str | None:
 
 def _when(entry: Installed) -> str:
     if entry.roles:
-        return f"asked for the {' and the '.join(sorted(entry.roles))} of every run"
+        return f"asked by runs that name no {' or '.join(sorted(entry.roles))}"
     return f"on with a [{entry.name}] section"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -28,10 +29,10 @@ class Root(LazyGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run the command; failures become words on standard error and an exit code."""
+        run: Callable[..., Any] = super().main
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
-        code = guarded(lambda: super(Root, self).main(*args, standalone_mode=False, **extra))
-        sys.exit(code)
+            return run(*args, standalone_mode=False, **extra)
+        sys.exit(guarded(lambda: run(*args, standalone_mode=False, **extra)))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the core's commands and those of plugins."""

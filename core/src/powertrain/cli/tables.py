@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import click
+
+MIN_COLUMN = 12
+"""Characters that a column needs on average to be readable."""
 
 
 def echo_table(rows: Iterable[Sequence[str]], headers: Sequence[str], styles: Mapping[str, str] | None = None) -> None:
     """Print a table on standard output.
 
     A terminal gets cells folded to its width and colours (unless NO_COLOR is
-    set); anything else gets one line a row, so that ``grep`` sees whole rows.
+    set), or one record below the other where it is too narrow for columns.
+    Anything else gets one line a row, so that ``grep`` sees whole rows.
 
     Args:
         rows: the cells of each row.
@@ -22,16 +27,23 @@ def echo_table(rows: Iterable[Sequence[str]], headers: Sequence[str], styles: Ma
     from rich.table import Table
     from rich.text import Text
 
-    stdout = click.get_text_stream("stdout")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
         table.add_column(header, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell, style=(styles or {}).get(cell, "")) for cell in row))
-    if stdout.isatty():
-        Console(file=stdout).print(table)
+    cells = [[Text(cell, style=(styles or {}).get(cell, "")) for cell in row] for row in rows]
+    for row in cells:
+        table.add_row(*row)
+    if not sys.stdout.isatty():
+        wide = Console(width=10_000, color_system=None)
+        with wide.capture() as captured:
+            wide.print(table)
+        click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
         return
-    wide = Console(width=10_000, color_system=None)
-    with wide.capture() as captured:
-        wide.print(table)
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    console = Console(file=sys.stdout)
+    if console.width >= MIN_COLUMN * len(headers):
+        console.print(table)
+        return
+    for first, *others in cells:
+        console.print(first)
+        for header, cell in zip(headers[1:], others, strict=True):
+            console.print(Text(f"  {header.lower()}: ").append_text(cell))

@@ -1,0 +1,32 @@
+"""What ``powertrain doctor`` looks at: each probe runs in a process of its own.
+
+A probe may crash, hang or drown its process in output without spoiling the
+others. It is a function that yields checks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@attrs.frozen
+class Check:
+    """One fact about this machine or installation.
+
+    Attributes:
+        area: what it belongs to.
+        name: what was looked at.
+        status: ok; warn where something will be slow or missing; fail where something will not work.
+        found: the fact.
+        remedy: what to do about it; empty when ok.
+    """
+
+    area: str
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
