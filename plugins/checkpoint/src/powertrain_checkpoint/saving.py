@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import powertrain
 from powertrain.errors import CheckpointWriteFailed
 from powertrain_checkpoint import shard
 from powertrain_checkpoint.directory import Workplace
-from powertrain_checkpoint.manifest import Chunk, File, Manifest, Tensor
+from powertrain_checkpoint.manifest import FILE_NAME, Chunk, File, Manifest, Tensor
 from powertrain_checkpoint.planning import Plan
 
 _log = logging.getLogger("powertrain.checkpoint")
@@ -106,7 +106,7 @@ class Save:
         records = [own]
         for rank in range(1, len(self.plan.pieces)):
             done, failed = (self.workplace.path / name for name in (_done_name(rank), _failed_name(rank)))
-            self._await(lambda paths=(done, failed): any(path.exists() for path in paths), f"rank {rank}")
+            self._await([done, failed], f"rank {rank}")
             if failed.exists():
                 raise CheckpointWriteFailed(**json.loads(failed.read_bytes()))
             records.append(json.loads(done.read_bytes()))
@@ -141,16 +141,20 @@ class Save:
 
     def _await_verdict(self) -> None:
         verdict = self.workplace.path / _VERDICT
-        self._await(lambda: verdict.exists() or not self.workplace.path.exists(), "rank 0")
-        with contextlib.suppress(FileNotFoundError):
+        self._await([verdict], "rank 0")
+        if verdict.exists():
             raise CheckpointWriteFailed(**json.loads(verdict.read_bytes()))
+        if not (self.target / FILE_NAME).exists():
+            raise CheckpointWriteFailed(
+                f"checkpoint {self.target.name} vanished while it was written", where=str(self.workplace.path)
+            )
 
     # --- both ------------------------------------------------------------------------
 
-    def _await(self, condition: Callable[[], bool], whom: str) -> None:
-        """Wait until ``condition`` holds, as long as anything moves in the directory."""
+    def _await(self, signs: Sequence[Path], whom: str) -> None:
+        """Wait until one of ``signs`` is there or the directory is gone, as long as anything moves in it."""
         seen, since, pause = -1, time.monotonic(), 0.002
-        while not condition():
+        while not any(sign.exists() for sign in signs) and self.workplace.path.exists():
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
             if (size := self._written()) != seen:
