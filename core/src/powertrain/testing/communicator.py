@@ -163,6 +163,10 @@ class PooledCommunicatorContract(CommunicatorContract):
     def _take_pool(self, ranks: RankPool) -> None:
         self._pool = ranks
 
+    def connector(self) -> Callable[[Mapping[str, int] | None], Communicator]:
+        """Return what connects one process; it is pickled."""
+        return type(self).factory
+
     def on_ranks(self, n: int, check: Check, *args: Any, sizes: Mapping[str, int] | None = None) -> list[Any]:
         """Run ``check`` on the processes of the pool."""
-        return self._pool(n, collectives.connected, type(self).factory, sizes, check, args)
+        return self._pool(n, collectives.connected, self.connector(), sizes, check, args)

@@ -113,18 +113,12 @@ class LoopbackWorld:
         self._meetings: dict[Hashable, Meeting] = {}
         self._failed: PeerFailed | None = None
 
-    def run(
-        self,
-        function: Callable[..., T],
-        *args: Any,
-        wrap: Callable[[Communicator], Communicator] | None = None,
-    ) -> list[T]:
+    def run(self, function: Callable[..., T], *args: Any) -> list[T]:
         """Run ``function(communicator, *args)`` once per rank, each in a thread; return their results.
 
         Args:
             function: what each rank does.
             args: passed on to every rank.
-            wrap: put around each rank's communicator.
 
         Raises:
             Exception: what the first rank to fail raised.
@@ -134,7 +128,7 @@ class LoopbackWorld:
 
         def body(communicator: Communicator) -> None:
             try:
-                results[communicator.rank] = function(wrap(communicator) if wrap else communicator, *args)
+                results[communicator.rank] = function(communicator, *args)
             except BaseException as error:
                 errors.append(error)
                 communicator.report(error)
