@@ -77,7 +77,7 @@ def read_info(path: Path) -> TokenInfo:
         raise _garbled(f"{place}, byte {error.start}", "not UTF-8") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _garbled(str(place), f'no "format": "{FORMAT}"')
-    if fields.get("dtype") not in DTYPES:
+    if fields.get("dtype") not in tuple(DTYPES):
         raise _garbled(str(place), f'"dtype" is {fields.get("dtype")!r}, not one of {", ".join(DTYPES)}')
     count, checksums = fields.get("count"), fields.get("checksums")
     if type(count) is not int or count < 0:
