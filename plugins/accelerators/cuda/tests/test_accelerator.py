@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,19 @@ def test_driver_version_of_both_kernel_modules(tmp_path: Path) -> None:
     file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n")
     assert driver_version(file) == "570.86.15"
     assert driver_version(tmp_path / "absent") == "unknown"
+
+
+STAND_IN = sorted(
+    name for name in vars(FakeDeviceModule) if not name.startswith("_") and name not in {"allocate", "release", "draw"}
+)
+
+
+@pytest.mark.parametrize("name", STAND_IN)
+def test_the_stand_in_is_called_as_torch_is(name: str) -> None:
+    """Everything the stand-in offers is in ``torch.cuda``, and takes the arguments that it takes."""
+    real = getattr(torch.cuda, name)
+    if name in {"Stream", "Event", "device"}:  # classes of C, whose signatures cannot be read
+        assert isinstance(real, type)
+        return
+    taken = inspect.signature(getattr(FakeDeviceModule(), name)).parameters.values()
+    inspect.signature(real).bind(*(object() for one in taken if one.default is one.empty))

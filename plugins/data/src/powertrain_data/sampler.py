@@ -64,7 +64,6 @@ class ShuffledSampler(Sampler):
                 f"the dataset has {length} samples, fewer than one global batch",
                 expected=f"at least {sizes.total} = micro {sizes.micro} x accumulation {sizes.accumulation} "
                 f"x {data_size} data rank{'s' if data_size > 1 else ''}",
-                found=f"{length} samples",
                 remedy="lower `[batch] total` or `micro`, start fewer ranks, or use more data",
             )
         self.length, self.seed, self.shuffle = length, seed, shuffle
