@@ -17,7 +17,7 @@ import attrs
 import click
 
 from powertrain import __version__
-from powertrain.cli.probes import Check
+from powertrain.cli.probes import PROBES, Check
 from powertrain.registry import installed
 
 AT_ONCE = 2
@@ -44,19 +44,7 @@ def doctor(as_json: bool, directory: str | None, time_limit: float) -> None:
     deadline = time.monotonic() + time_limit
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(lambda probe: _ask(probe, deadline), _probes(directory)))
-    order = [
-        "versions",
-        "system",
-        "accelerators",
-        "collectives",
-        "compiler",
-        "disk",
-        "network",
-        "environment",
-        "plugins",
-    ]
     checks = [check for answer in answers for check in answer]
-    checks.sort(key=lambda check: order.index(check.area) if check.area in order else len(order))
     if as_json:
         click.echo(json.dumps(_document(checks), indent=2))
     else:
@@ -64,26 +52,24 @@ def doctor(as_json: bool, directory: str | None, time_limit: float) -> None:
 
 
 def _probes(directory: str | None) -> list[tuple[str, ...]]:
-    """Return the probes, the longest first."""
+    """Return the probes: the longest first, those that a foreign plugin could hold up last."""
     where = directory or (str(Path.cwd()) if os.access(".", os.W_OK) else tempfile.gettempdir())
-    accelerators = [name for name, entry in installed().items() if "accelerator" in entry.roles]
-    return [
-        ("collectives",),
-        *(("accelerator", name) for name in accelerators),
-        ("disk", where),
-        ("plugins",),
-        ("versions",),
-        ("system",),
-        ("compiler",),
-        ("network",),
-        ("environment_variables",),
-    ]
+    arguments = {"disk": [(where,)], "accelerator": [(name,) for name in _accelerators()]}
+    return [(name, *given) for name in PROBES for given in arguments.get(name, [()])]
+
+
+def _accelerators() -> list[str]:
+    try:
+        return [name for name, entry in installed().items() if "accelerator" in entry.roles]
+    except Exception:  # unreadable metadata: the probe of the plugins tells
+        return []
 
 
 def _ask(probe: Sequence[str], deadline: float) -> list[Check]:
     """Run one probe in a process of its own; its death or silence is an answer too."""
     started = time.monotonic()
     label = " ".join(probe)
+    _, area = PROBES[probe[0]]
     process = subprocess.Popen(
         [sys.executable, "-m", "powertrain.cli.probes", *probe],
         stdin=subprocess.DEVNULL,
@@ -100,18 +86,14 @@ def _ask(probe: Sequence[str], deadline: float) -> list[Check]:
         process.communicate()
         seconds = time.monotonic() - started
         remedy = "try again with --time-limit 60; if it stays silent, look at this part first"
-        return [Check(_area(probe), label, "fail", f"no answer within {seconds:.1f} s", remedy)]
+        return [Check(area, label, "fail", f"no answer within {seconds:.1f} s", remedy)]
     try:
         return [Check(**row) for row in json.loads(out.strip().splitlines()[-1])]
     except (ValueError, TypeError, IndexError):
         last = (err.strip().splitlines() or ["it said nothing"])[-1]
         code = process.returncode
         ended = f"died with {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        return [Check(_area(probe), label, "fail", f"the probe {ended}: {last}", "mend or uninstall what it looks at")]
-
-
-def _area(probe: Sequence[str]) -> str:
-    return {"accelerator": "accelerators", "environment_variables": "environment"}.get(probe[0], probe[0])
+        return [Check(area, label, "fail", f"the probe {ended}: {last}", "mend or uninstall what it looks at")]
 
 
 def _document(checks: Sequence[Check]) -> dict[str, object]:

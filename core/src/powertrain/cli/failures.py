@@ -4,10 +4,9 @@
 code  meaning
 ====  =======================================================
 0     it worked
-1     the run failed
+1     the run failed, or the reader of the output went away
 2     usage or configuration: the user can mend it at once
 130   interrupted from the keyboard
-141   the reader of the output went away
 ====  =======================================================
 """
 
@@ -26,7 +25,6 @@ from powertrain.environment import log_level
 from powertrain.errors import PowertrainError
 
 INTERRUPTED = 130
-BROKEN_PIPE = 141
 
 
 def guarded(body: Callable[[], object]) -> int:
@@ -67,7 +65,7 @@ def _system(error: OSError) -> int:
     if error.errno == errno.EPIPE:
         # The interpreter flushes standard output once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return BROKEN_PIPE
+        return 1
     if error.filename is None or error.strerror is None:
         return _internal(error)
     click.echo(f"Error: {error.filename}: {error.strerror}", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from powertrain import environment, registry
-from powertrain.cli.plugin_states import usable
+from powertrain.cli.plugin_states import detail, usable
 from powertrain.errors import PluginBroken, PluginError
 from powertrain.registry import Installed
 
@@ -57,9 +57,7 @@ def _commands(plugin: object, entry: Installed) -> dict[str, click.Command]:
 def _warn(entry: Installed, error: PluginError) -> None:
     if environment.strict_plugins():
         raise error
-    detail = " ".join((error.found or error.message).split())
     source = f"{entry.target} of {entry.distribution} {entry.version}"
-    click.echo(
-        f"Warning: plugin {entry.name!r} ({source}) is left out: {detail}; silence this with --no-plugin {entry.name}",
-        err=True,
-    )
+    cause = detail(error, entry.name)
+    hint = f"silence this with --no-plugin {entry.name}"
+    click.echo(f"Warning: plugin {entry.name!r} ({source}) is left out: {cause}; {hint}", err=True)

@@ -57,9 +57,22 @@ def usable(known: dict[str, Installed]) -> Iterator[tuple[Installed, Plugin[Any]
     for name, entry in known.items():
         if _turned_off(name) is None:
             try:
-                yield entry, construct(registry.load(name, known), entry), None
+                yield entry, construct(_load(entry, known), entry), None
             except PluginError as error:
                 yield entry, None, error
+
+
+def _load(entry: Installed, known: dict[str, Installed]) -> type[Plugin[Any]]:
+    try:
+        return registry.load(entry.name, known)
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:  # a module meant as a script must not end the listing
+        raise PluginBroken(
+            f"plugin {entry.name!r} cannot be imported",
+            where=f"{entry.target} of {entry.distribution} {entry.version}",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
 
 
 def construct(kind: type[Plugin[Any]], entry: Installed) -> Plugin[Any] | None:
@@ -99,7 +112,7 @@ def _state(entry: Installed, known: dict[str, Installed], probe: bool) -> Plugin
         state, why = "disabled", off
     else:
         try:
-            kind = registry.load(entry.name, known)
+            kind = _load(entry, known)
             plugin = construct(kind, entry)
             why = _when(entry)
             if probe and "accelerator" in entry.roles and plugin is not None:
@@ -152,5 +165,12 @@ def _condition(error: PluginError) -> Condition:
 def _reason(error: PluginError, entry: Installed) -> str:
     if isinstance(error, PluginConflict):
         return f"also claimed by {', '.join(entry.rivals)}"
-    text = (error.found or error.message) if isinstance(error, PluginBroken) else error.message
+    return detail(error, entry.name)
+
+
+def detail(error: PluginError, name: str) -> str:
+    """Return in one line what is wrong with a plugin whose name stands beside it."""
+    message = error.message.removeprefix(f"plugin {name!r} ")
+    # Where an exception was the cause, `found` holds it.
+    text = error.found if error.found and error.__cause__ else f"{message}: {error.found}" if error.found else message
     return " ".join(text.split())

@@ -10,6 +10,19 @@ from typing import Literal
 
 import attrs
 
+PROBES = {
+    "collectives": ("devices", "collectives"),
+    "versions": ("installation", "versions"),
+    "system": ("machine", "system"),
+    "disk": ("machine", "disk"),
+    "compiler": ("machine", "compiler"),
+    "network": ("machine", "network"),
+    "environment_variables": ("installation", "environment"),
+    "plugins": ("installation", "plugins"),
+    "accelerator": ("devices", "accelerators"),
+}
+"""Every probe: the module that holds it, and the area of its checks."""
+
 Status = Literal["ok", "warn", "fail"]
 
 

@@ -11,31 +11,20 @@ from importlib import import_module
 
 import attrs
 
-from powertrain.cli.probes import Check
-
-HOMES = {
-    "accelerator": "devices",
-    "collectives": "devices",
-    "disk": "machine",
-    "environment_variables": "installation",
-    "compiler": "machine",
-    "network": "machine",
-    "plugins": "installation",
-    "system": "machine",
-    "versions": "installation",
-}
+from powertrain.cli.probes import PROBES, Check
 
 
 def main(name: str, *arguments: str) -> None:
     """Run the probe called ``name``; what it raises becomes a failed check."""
+    module, area = PROBES[name]
     checks = []
     try:
-        probe = getattr(import_module(f"powertrain.cli.probes.{HOMES[name]}"), name)
+        probe = getattr(import_module(f"powertrain.cli.probes.{module}"), name)
         checks += list(probe(*arguments))
     except Exception as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())
         where = " ".join([name, *arguments])
-        checks.append(Check(name, where, "fail", found, "see the message; POWERTRAIN_LOG=debug shows more"))
+        checks.append(Check(area, where, "fail", found, "see the message; POWERTRAIN_LOG=debug shows more"))
     sys.stdout.write("\n" + json.dumps([attrs.asdict(check) for check in checks]) + "\n")
     sys.stdout.flush()
 
