@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class Group:
         self.averages = backend == "nccl"  # the others sum, and the handle divides
         self.device_ids = [device.index] if backend == "nccl" else None
 
-    def reduce_op(self, collective: Collective) -> dist.ReduceOp.RedOpType:
+    def reduce_op(self, collective: Collective) -> Any:
         """Return torch's name for the reduction of ``collective``."""
         if collective.reduction == "mean":
             return dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
@@ -55,42 +56,42 @@ def _taken(collective: Collective) -> torch.Tensor:
     return collective.output
 
 
-def _start_all_reduce(c: Collective, group: Group) -> dist.Work | None:
+def _start_all_reduce(c: Collective, group: Group) -> Any:
     return dist.all_reduce(_taken(c), group.reduce_op(c), group=group.handle, async_op=True)
 
 
-def _start_all_gather(c: Collective, group: Group) -> dist.Work | None:
+def _start_all_gather(c: Collective, group: Group) -> Any:
     return _all_gather(_taken(c).view(-1), _given(c).view(-1), group=group.handle, async_op=True)
 
 
-def _start_reduce_scatter(c: Collective, group: Group) -> dist.Work | None:
+def _start_reduce_scatter(c: Collective, group: Group) -> Any:
     op = group.reduce_op(c)
     return _reduce_scatter(_taken(c).view(-1), _given(c).view(-1), op, group=group.handle, async_op=True)
 
 
-def _start_all_to_all(c: Collective, group: Group) -> dist.Work | None:
+def _start_all_to_all(c: Collective, group: Group) -> Any:
     taken = None if c.output_splits is None else list(c.output_splits)
     given = None if c.input_splits is None else list(c.input_splits)
     return dist.all_to_all_single(_taken(c), _given(c), taken, given, group=group.handle, async_op=True)
 
 
-def _start_broadcast(c: Collective, group: Group) -> dist.Work | None:
+def _start_broadcast(c: Collective, group: Group) -> Any:
     return dist.broadcast(_taken(c), group.global_rank(c.peer), group=group.handle, async_op=True)
 
 
-def _start_send(c: Collective, group: Group) -> dist.Work | None:
+def _start_send(c: Collective, group: Group) -> Any:
     return dist.isend(_given(c), group.global_rank(c.peer), group=group.handle)
 
 
-def _start_receive(c: Collective, group: Group) -> dist.Work | None:
+def _start_receive(c: Collective, group: Group) -> Any:
     return dist.irecv(_taken(c), group.global_rank(c.peer), group=group.handle)
 
 
-def _start_barrier(c: Collective, group: Group) -> dist.Work | None:
+def _start_barrier(c: Collective, group: Group) -> Any:
     return dist.barrier(group=group.handle, async_op=True, device_ids=group.device_ids)
 
 
-START: dict[str, Callable[[Collective, Group], dist.Work | None]] = {
+START: dict[str, Callable[[Collective, Group], Any]] = {
     "all_reduce": _start_all_reduce,
     "all_gather": _start_all_gather,
     "reduce_scatter": _start_reduce_scatter,
@@ -103,25 +104,25 @@ START: dict[str, Callable[[Collective, Group], dist.Work | None]] = {
 """How each operation begins; the work that is returned tells when it ends."""
 
 
-def _together_all_reduce(parts: Sequence[Collective], group: Group) -> dist.Work:
+def _together_all_reduce(parts: Sequence[Collective], group: Group) -> Any:
     options = dist.AllreduceCoalescedOptions()
     options.reduceOp = group.reduce_op(parts[0])
     return group.handle.allreduce_coalesced([_taken(part) for part in parts], options)
 
 
-def _together_all_gather(parts: Sequence[Collective], group: Group) -> dist.Work:
+def _together_all_gather(parts: Sequence[Collective], group: Group) -> Any:
     outputs = [_taken(part).view(-1) for part in parts]
     return group.handle.allgather_into_tensor_coalesced(outputs, [_given(part).view(-1) for part in parts])
 
 
-def _together_reduce_scatter(parts: Sequence[Collective], group: Group) -> dist.Work:
+def _together_reduce_scatter(parts: Sequence[Collective], group: Group) -> Any:
     options = dist.ReduceScatterOptions()
     options.reduceOp = group.reduce_op(parts[0])
     outputs = [_taken(part).view(-1) for part in parts]
     return group.handle.reduce_scatter_tensor_coalesced(outputs, [_given(part).view(-1) for part in parts], options)
 
 
-START_TOGETHER: dict[str, Callable[[Sequence[Collective], Group], dist.Work]] = {
+START_TOGETHER: dict[str, Callable[[Sequence[Collective], Group], Any]] = {
     "all_reduce": _together_all_reduce,
     "all_gather": _together_all_gather,
     "reduce_scatter": _together_reduce_scatter,

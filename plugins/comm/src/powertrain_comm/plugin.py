@@ -42,8 +42,8 @@ class CommPlugin(Plugin[CommConfig]):
     @hookimpl
     def wrap_communicator(self, communicator: Communicator, timeout: float) -> Communicator | None:
         """Put the watchdog, and on request the cross-check, around ``communicator``."""
-        if communicator.world_size == 1 or not (self.config.watchdog or self.config.cross_check):
+        if communicator.world_size == 1 or not self.config.watchdog:
             return None
-        from powertrain_comm.watchdog.watched import watch
+        from powertrain_comm.watchdog.watched import WatchedCommunicator
 
-        return watch(communicator, timeout, self.config)
+        return WatchedCommunicator(communicator, timeout, cross_check=self.config.cross_check)

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from powertrain.errors import CommunicatorMissing, LaunchError
@@ -106,7 +107,7 @@ def join(backend: str, rank: Rank, timeout: float) -> tuple[Lease, bool]:
         store, _, _ = next(iter(rendezvous(url, rank=rank.index, world_size=rank.world_size, timeout=limit)))
         # A launcher's store outlives a group: the keys of an earlier one must not be taken for ours.
         start = store.add(f"powertrain/starts/{rank.index}", 1)
-        scope = dist.PrefixStore(f"powertrain/{start}", store)
+        scope = PrefixStore(f"powertrain/{start}", store)
         dist.init_process_group(backend, store=scope, rank=rank.index, world_size=rank.world_size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(

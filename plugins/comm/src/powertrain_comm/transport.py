@@ -132,7 +132,7 @@ class TorchCommunicator(Communicator):
         return groups
 
     def _new_group(self, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-        group = dist.new_group(list(ranks), timeout=timeout, backend=self.backend)
+        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, backend=self.backend)
         if self.rank in ranks:
             self._made.append(group)
         return group

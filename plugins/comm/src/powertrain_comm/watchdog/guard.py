@@ -1,0 +1,297 @@
+"""The thread that notices what the main thread, stuck in a collective, cannot."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+
+import attrs
+
+from powertrain.errors import CommunicationError
+from powertrain.mesh import WORLD, Mesh
+from powertrain_comm.watchdog.board import HOST, Board, BoardLost
+from powertrain_comm.watchdog.diagnosis import State, find_divergence
+from powertrain_comm.watchdog.records import Ledger, Record
+from powertrain_comm.watchdog.verdict import Verdict, judge, raised
+
+TICK = 0.25
+"""Seconds between two looks at the ledger and the board."""
+
+SUSPICION = 1.0
+"""Seconds that a collective takes before its ranks are compared."""
+
+NEIGHBOURS = 8
+"""Ranks with which a suspicious one is compared."""
+
+ANSWER = 2.5
+"""Seconds that the others have to answer an inquiry."""
+
+GRACE = 1.0
+"""Seconds in which a rank may raise an exception of its own before another's ends it."""
+
+UNWINDING = 3.0
+"""Seconds that the main thread has to leave once it knows why the run ends."""
+
+LINGER = 5.0
+"""Seconds that a leaving rank waits, at most, for those that still need it."""
+
+LAST_WORDS = 0.5
+"""Seconds that the others wait for the reporter, and the host of the board for them."""
+
+
+class Guard:
+    """Watches one communicator, and ends the process when the run cannot go on.
+
+    Ranks leave notes on a board: their last collectives, an inquiry by the
+    rank that first sees trouble, the answers, and the verdict, which is
+    written once. A rank that reads a verdict prints it and exits with 1.
+
+    Args:
+        ledger: the collectives of this rank.
+        board: the thread's own connection.
+        desk: the connection of the main thread.
+        mesh: the ranks' arrangement.
+        timeout: seconds that a collective may take.
+    """
+
+    def __init__(self, ledger: Ledger, board: Board, desk: Board, mesh: Mesh, timeout: float) -> None:
+        self._ledger = ledger
+        self._board: Board | None = board
+        self._desk = desk
+        self._mesh = mesh
+        self._timeout = timeout
+        self._rank = mesh.rank
+        self._ranks = mesh.peers(WORLD)
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._own_error = threading.Event()
+        self._decided = threading.Event()
+        self._trouble: CommunicationError | None = None
+        self._verdict: Verdict | None = None
+        self._let_go = threading.Lock()
+        self._rings = 0
+        self._published = -1
+        self._heard: Mapping[int, State] = {}
+        self._thread = threading.Thread(target=self._run, name="powertrain watchdog", daemon=True)
+        self._thread.start()
+        # A daemon thread that is in C++ when the interpreter goes crashes the process: end it before.
+        atexit.register(self.close)
+
+    # --- the main thread's side ---------------------------------------------------
+
+    def explain(self, error: CommunicationError) -> CommunicationError:
+        """Return why the run ends, as far as the other ranks can tell, or ``error`` itself."""
+        self._trouble = error
+        self._wake.set()
+        self._decided.wait(ANSWER + GRACE + 2 * UNWINDING)
+        return error if self._verdict is None else self._verdict.error()
+
+    def report(self, error: BaseException) -> None:
+        """Tell the others that this rank failed, and wait until they know; the first report counts."""
+        if self._own_error.is_set() or self._stop.is_set():
+            return
+        self._own_error.set()
+        with contextlib.suppress(BoardLost):
+            won, _ = self._desk.first("verdict", attrs.asdict(raised(self._rank, error)))
+            self._desk.count("bell", 1)
+            self._release(self._desk)
+            if won:
+                self._desk.until(lambda: self._all_released(self._desk), LINGER)
+
+    def close(self) -> None:
+        """Stop watching; closing twice does nothing."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._wake.set()
+        atexit.unregister(self.close)
+        self._thread.join(LINGER)
+        with contextlib.suppress(BoardLost):
+            if self._board is None:
+                return
+            self._desk.write(f"state/{self._rank}", self._ledger.state())
+            self._desk.write(f"left/{self._rank}")
+            self._desk.count("bell", 1)
+            self._release(self._desk)
+            if self._rank == HOST:
+                self._desk.until(lambda: self._all_released(self._desk), LINGER)
+
+    def _release(self, board: Board) -> None:
+        """Count this rank, once, among those that need no other rank any more."""
+        if self._let_go.acquire(blocking=False):
+            board.count("released", 1)
+
+    def _all_released(self, board: Board) -> bool:
+        return board.count("released") >= len(self._ranks)
+
+    # --- the thread's side ----------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._verdict is None:
+            self._wake.wait(TICK)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+            try:
+                self._tick()
+            except BoardLost as error:
+                self._host_is_gone(error)
+
+    def _tick(self) -> None:
+        board = self._board
+        oldest = self._ledger.oldest()
+        age = time.monotonic() - oldest.started if oldest else 0.0
+        if board is not None:
+            self._look(board)
+            if self._verdict is not None or self._board is None:
+                return
+            if self._ledger.begun != self._published:
+                self._published = self._ledger.begun
+                board.write(f"state/{self._rank}", self._ledger.state(NEIGHBOURS))
+        if self._trouble is not None and not self._decided.is_set():
+            self._inquire(None)
+        elif oldest is not None and age > self._timeout:
+            self._inquire(oldest, late=age > self._timeout + ANSWER + 1)
+        elif oldest is not None and board is not None and age > SUSPICION and self._differs(board, oldest):
+            self._inquire(None)
+
+    def _look(self, board: Board) -> None:
+        """Read what was left on the board since the last look."""
+        rings = board.count("bell")
+        if rings == self._rings:
+            return
+        self._rings = rings
+        verdict = board.read("verdict")
+        if verdict is not None:
+            self._obey(_parse(verdict))
+            return
+        number = board.count("closed")
+        if board.read(f"inquiry/{number}") is not None:
+            board.write(f"answer/{number}/{self._rank}", self._ledger.state())
+        if self._rank != HOST and board.read(f"left/{HOST}"):
+            # The host goes in peace: keep what is known, and let it.
+            self._heard = self._states(board, number)
+            self._board = None
+            self._release(board)
+
+    def _differs(self, board: Board, oldest: Record) -> bool:
+        """Return whether a neighbour did something else at the same place."""
+        if oldest.dimension == WORLD or oldest.dimension in self._mesh.sizes:
+            peers = self._mesh.peers(oldest.dimension)
+            start = peers.index(self._rank)
+            near = [peers[(start + i) % len(peers)] for i in range(min(len(peers), NEIGHBOURS + 1))]
+            notes = board.read_all("state", near)
+            states = {r: State.parse(r, note, answered=False, left=False) for r, note in notes.items()}
+            states[self._rank] = self._mine()
+            return find_divergence(self._mesh, states) is not None
+        return False
+
+    def _inquire(self, stalled: Record | None, *, late: bool = False) -> None:
+        """Ask every rank what it does, judge, and tell all."""
+        board = self._board
+        states = dict(self._heard)
+        if board is not None:
+            number = board.count("closed")
+            if board.first(f"inquiry/{number}", self._rank)[0]:
+                board.write(f"answer/{number}/{self._rank}", self._ledger.state())
+                board.count("bell", 1)
+                board.until(lambda: self._all_answered(board, number), ANSWER)
+            elif not late:
+                return  # another rank asks; its verdict will come
+            states = self._states(board, number)
+        states[self._rank] = self._mine()
+        entry = states[self._rank].waiting() if stalled is not None else None
+        verdict = judge(self._mesh, states, stalled=entry, rank=self._rank, timeout=self._timeout)
+        if verdict is None:
+            if board is not None:
+                board.count("closed", 1)
+            self._decided.set()
+            return
+        if board is not None:
+            verdict = _parse(board.first("verdict", attrs.asdict(verdict))[1])
+            board.count("bell", 1)
+        self._obey(verdict)
+
+    def _all_answered(self, board: Board, number: int) -> bool:
+        if board.read("verdict") is not None:
+            return True
+        known = {**board.read_all(f"answer/{number}", self._ranks), **board.read_all("left", self._ranks)}
+        return len(known) == len(self._ranks)
+
+    def _mine(self) -> State:
+        return State.parse(self._rank, self._ledger.state(), answered=True, left=False)
+
+    def _states(self, board: Board, number: int) -> dict[int, State]:
+        left = board.read_all("left", self._ranks)
+        answers = board.read_all(f"answer/{number}", self._ranks)
+        notes = {**board.read_all("state", self._ranks), **answers}
+        return {
+            r: State.parse(r, notes.get(r), answered=r in answers and r not in left, left=r in left)
+            for r in self._ranks
+        }
+
+    def _host_is_gone(self, error: BoardLost) -> None:
+        """End the run: the host of the board announces itself when it leaves in peace."""
+        self._board = None
+        if self._stop.is_set():
+            return
+        states = {HOST: State(rank=HOST), self._rank: self._mine()}
+        verdict = judge(self._mesh, states, stalled=None, rank=self._rank, timeout=self._timeout)
+        assert verdict is not None, error
+        self._obey(attrs.evolve(verdict, reporter=self._rank))
+
+    # --- the end ----------------------------------------------------------------------
+
+    def _obey(self, verdict: Verdict) -> None:
+        """Print the verdict and end the process, unless the main thread is ending it."""
+        self._verdict = verdict
+        raising = verdict.kind == "raised"
+        board = self._board
+        if self._own_error.wait(GRACE if raising and self._trouble is None else 0.0):
+            with contextlib.suppress(BoardLost):
+                if board is not None:
+                    self._release(board)
+            self._decided.set()
+            return
+        if raising or self._rank == verdict.reporter:
+            self._say(verdict.full())
+        else:
+            self._after_the_reporter(verdict)
+        with contextlib.suppress(BoardLost):
+            if board is not None:
+                board.write("printed")
+                self._release(board)
+                if raising:
+                    # The rank that raised goes first: a launcher blames the first one to exit.
+                    board.until(lambda: board.read(f"left/{verdict.rank}") is not None, UNWINDING)
+                    time.sleep(LAST_WORDS)
+        self._decided.set()
+        if self._trouble is not None and self._stop.wait(UNWINDING):
+            return
+        with contextlib.suppress(BoardLost):
+            if board is not None and self._rank == HOST:
+                here = len(self._ranks) - len(verdict.absent)
+                board.until(lambda: board.count("released") >= here, 2 * LAST_WORDS)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the main thread may be stuck in C++, where no exception reaches it
+
+    def _after_the_reporter(self, verdict: Verdict) -> None:
+        board = self._board
+        with contextlib.suppress(BoardLost):
+            if board is not None:
+                board.until(lambda: board.read("printed") is not None, LAST_WORDS)
+        self._say(f"rank {self._rank} ends, see rank {verdict.reporter}: {verdict.message}")
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(text.rstrip() + "\n")
+        sys.stderr.flush()
+
+
+def _parse(note: dict[str, object]) -> Verdict:
+    return Verdict(**{**note, "absent": tuple(note["absent"])})  # type: ignore[arg-type]

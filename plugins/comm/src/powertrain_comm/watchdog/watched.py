@@ -1,0 +1,109 @@
+"""The wrapper that records every collective and asks the guard why one failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from powertrain.errors import CommunicationError
+from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
+from powertrain_comm.watchdog.board import open_boards
+from powertrain_comm.watchdog.check import CrossCheck
+from powertrain_comm.watchdog.guard import Guard
+from powertrain_comm.watchdog.hook import ExceptHook
+from powertrain_comm.watchdog.records import Ledger, Record
+
+
+class WatchedHandle:
+    """A handle whose failure is explained by the other ranks."""
+
+    __slots__ = ("_guard", "_inner", "_records")
+
+    def __init__(self, inner: Handle, records: Sequence[Record], guard: Guard) -> None:
+        self._inner = inner
+        self._records = records
+        self._guard = guard
+
+    def wait(self) -> None:
+        """Return when the result may be read and the inputs reused.
+
+        Raises:
+            PeerFailed: another rank raised, died or left.
+            CollectiveDiverged: the ranks issued different collectives.
+            CommunicationError: it failed for another reason.
+        """
+        try:
+            self._inner.wait()
+        except CommunicationError as error:
+            raise self._guard.explain(error) from error
+        if self._inner.done():
+            for record in self._records:
+                record.finished, record.handle = True, None
+
+    def done(self) -> bool:
+        """Return whether ``wait`` would return at once."""
+        return self._inner.done()
+
+
+class WatchedCommunicator(WrappedCommunicator):
+    """Watches the collectives of another communicator.
+
+    Args:
+        inner: what carries them out.
+        timeout: seconds that one may take.
+        cross_check: compare each one between its ranks before it starts.
+    """
+
+    def __init__(self, inner: Communicator, timeout: float, *, cross_check: bool = False) -> None:
+        super().__init__(inner)
+        self._ledger = Ledger()
+        desk, board = open_boards(inner, timeout)
+        self._check = CrossCheck(desk, self.mesh) if cross_check else None
+        self._guard = Guard(self._ledger, board, desk, self.mesh, timeout)
+        self._hook = ExceptHook(self._guard.report)
+
+    def issue(self, collective: Collective) -> Handle:
+        """Record one collective and start it.
+
+        Raises:
+            CollectiveDiverged: another rank issued a different one (with ``cross_check``).
+            PeerFailed: another rank raised, died or left.
+            CommunicationError: it could not be started.
+        """
+        return self._start([self._ledger.begin(collective)], [collective])
+
+    def issue_together(self, collectives: Sequence[Collective]) -> Handle:
+        """Record several collectives and start them; raises as ``issue`` does."""
+        return self._start([self._ledger.begin(collective) for collective in collectives], collectives)
+
+    def _start(self, records: Sequence[Record], collectives: Sequence[Collective]) -> Handle:
+        if self._check is not None:
+            for record in records:
+                self._check.compare(record)
+        try:
+            inner = (
+                self.inner.issue(collectives[0]) if len(collectives) == 1 else self.inner.issue_together(collectives)
+            )
+        except BaseException as error:
+            for record in records:
+                record.finished = True
+            if isinstance(error, CommunicationError):
+                raise self._guard.explain(error) from error
+            raise
+        for record in records:
+            record.handle = inner
+        return WatchedHandle(inner, records, self._guard)
+
+    def report(self, error: BaseException) -> None:
+        """Tell the other ranks that this one failed: they print its traceback and end."""
+        self._guard.report(error)
+        self.inner.report(error)
+
+    def describe(self) -> dict[str, str]:
+        """Return the wrapped communicator's facts, and that it is watched."""
+        return {**self.inner.describe(), "watchdog": "on"}
+
+    def close(self) -> None:
+        """Stop watching, then close the wrapped communicator."""
+        self._hook.remove()
+        self._guard.close()
+        self.inner.close()
