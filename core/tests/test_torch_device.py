@@ -58,6 +58,20 @@ def test_probe_without_device_and_without_complaint_says_so() -> None:
     assert "no device" in probe.reason
 
 
+def test_a_build_of_torch_for_other_devices_has_none(module: FakeDeviceModule) -> None:
+    """Where the build lacks the library a device needs, there is no device, whatever the shared module counts."""
+
+    class Elsewhere(Toy):
+        build = "no_such_library"
+
+    class Here(Toy):
+        build = "git_version"
+
+    assert Elsewhere(module).device_count() == 0
+    assert Elsewhere(module).probe().reason == "this torch was built without no_such_library"
+    assert Here(module).device_count() == 2
+
+
 @pytest.mark.parametrize("index", [2, 7, -1])
 def test_a_rank_without_device_is_told_how_many_to_start(toy: Toy, index: int) -> None:
     """The error names the local rank, the number of devices and the command that fits."""

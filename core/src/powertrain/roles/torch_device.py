@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from powertrain.errors import AcceleratorError
 from powertrain.plugin import Probe
 from powertrain.roles.accelerator import Accelerator, Memory
+from powertrain.torch_build import torch_build
 
 
 class TorchDeviceAccelerator(Accelerator):
@@ -30,12 +31,19 @@ class TorchDeviceAccelerator(Accelerator):
     ``stream`` and ``current_stream``, with the meaning they have in torch's
     documentation.
 
+    Attributes:
+        build: an attribute of ``torch.version`` without which there is no
+            device, where several builds of torch share one module; None: any
+            build will do.
+
     Args:
         module: what to call in place of ``torch.get_device_module(device_type)``.
 
     Raises:
         AcceleratorError: torch has no module for this device type.
     """
+
+    build: ClassVar[str | None] = None
 
     def __init__(self, module: Any = None) -> None:
         if module is None:
@@ -61,7 +69,9 @@ class TorchDeviceAccelerator(Accelerator):
         return self._count()[0]
 
     def _count(self) -> tuple[int, str]:
-        """Return the number of devices, and what torch warned of while it counted."""
+        """Return the number of devices, and why there are none: what torch warned of while it counted."""
+        if self.build is not None and torch_build(self.build) is None:
+            return 0, f"this torch was built without {self.build}"
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             count = int(self.module.device_count())
@@ -74,7 +84,7 @@ class TorchDeviceAccelerator(Accelerator):
             raise AcceleratorError(
                 f"there is no {self.name} device on this host",
                 found=self.probe().reason,
-                remedy="check the driver and the variables that hide devices, or choose another `[accelerator] use`",
+                remedy="mend what is missing, or choose another `[accelerator] use`",
             )
         if not 0 <= index < count:
             raise AcceleratorError(

@@ -22,6 +22,12 @@ def gpus(devices: int = 2, **settings: object) -> FakeDeviceModule:
     return FakeDeviceModule(devices, facts={"major": 9, "minor": 0}, **settings)  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch be a build for CUDA."""
+    monkeypatch.setattr(torch.version, "cuda", "1.0")
+
+
 def install(monkeypatch: pytest.MonkeyPatch, module: FakeDeviceModule, cuda: str | None, hip: str | None) -> None:
     """Let torch be a build for these libraries that sees these devices."""
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -45,7 +51,10 @@ def test_available_where_torch_has_cuda_and_sees_a_device(monkeypatch: pytest.Mo
 def test_not_available_in_another_build(monkeypatch: pytest.MonkeyPatch, hip: str | None) -> None:
     """A build without CUDA, one for AMD included, is not used, even if it sees devices."""
     install(monkeypatch, gpus(), None, hip)
-    assert CudaPlugin(NoConfig()).is_available() == Probe(False, "this build of torch has no CUDA")
+    plugin = CudaPlugin(NoConfig())
+    assert plugin.is_available() == Probe(False, "this build of torch has no CUDA")
+    with pytest.raises(AcceleratorError, match="this torch was built without cuda"):
+        plugin.make_accelerator("cuda").device(0)
 
 
 def test_not_available_without_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,8 +62,8 @@ def test_not_available_without_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, gpus(0, complaint="the driver is too old"), "12.8", None)
     plugin = CudaPlugin(NoConfig())
     assert plugin.is_available() == Probe(False, "the driver is too old")
-    with pytest.raises(AcceleratorError, match="cuda cannot be used here: the driver is too old"):
-        plugin.make_accelerator("cuda")
+    with pytest.raises(AcceleratorError, match="the driver is too old"):
+        plugin.make_accelerator("cuda").device(0)
 
 
 def test_declines_other_names() -> None:
@@ -62,10 +71,9 @@ def test_declines_other_names() -> None:
     assert CudaPlugin(NoConfig()).make_accelerator("cpu") is None
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has CUDA")
 def test_plugin_answers_without_torch_in_a_build_without_cuda() -> None:
     """Where torch has no CUDA, saying so imports no torch."""
-    if torch.version.cuda is not None:
-        pytest.skip("this build of torch has CUDA")
     code = (
         "import sys; from powertrain.plugin import NoConfig; from powertrain_cuda.plugin import CudaPlugin\n"
         "assert not CudaPlugin(NoConfig()).is_available().available; assert 'torch' not in sys.modules"

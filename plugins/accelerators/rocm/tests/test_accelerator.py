@@ -21,6 +21,12 @@ def gpus(devices: int = 2, **settings: object) -> FakeDeviceModule:
     return FakeDeviceModule(devices, facts={"gcnArchName": "gfx942:sramecc+"}, **settings)  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch be a build for ROCm."""
+    monkeypatch.setattr(torch.version, "hip", "1.0")
+
+
 def install(monkeypatch: pytest.MonkeyPatch, module: FakeDeviceModule, cuda: str | None, hip: str | None) -> None:
     """Let torch be a build for these libraries that sees these devices."""
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -44,7 +50,10 @@ def test_available_where_torch_has_rocm_and_sees_a_device(monkeypatch: pytest.Mo
 def test_not_available_in_another_build(monkeypatch: pytest.MonkeyPatch, cuda: str | None) -> None:
     """A build without ROCm, one for NVIDIA included, is not used, even if it sees devices."""
     install(monkeypatch, gpus(), cuda, None)
-    assert RocmPlugin(NoConfig()).is_available() == Probe(False, "this build of torch has no ROCm")
+    plugin = RocmPlugin(NoConfig())
+    assert plugin.is_available() == Probe(False, "this build of torch has no ROCm")
+    with pytest.raises(AcceleratorError, match="this torch was built without hip"):
+        plugin.make_accelerator("rocm").device(0)
 
 
 def test_not_available_without_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +61,8 @@ def test_not_available_without_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, gpus(0, complaint="no amdgpu module"), None, "6.4")
     plugin = RocmPlugin(NoConfig())
     assert plugin.is_available() == Probe(False, "no amdgpu module")
-    with pytest.raises(AcceleratorError, match="rocm cannot be used here: no amdgpu module"):
-        plugin.make_accelerator("rocm")
+    with pytest.raises(AcceleratorError, match="no amdgpu module"):
+        plugin.make_accelerator("rocm").device(0)
 
 
 def test_declines_other_names() -> None:
@@ -61,10 +70,9 @@ def test_declines_other_names() -> None:
     assert RocmPlugin(NoConfig()).make_accelerator("cuda") is None
 
 
+@pytest.mark.skipif(torch.version.hip is not None, reason="this build of torch has ROCm")
 def test_plugin_answers_without_torch_in_a_build_without_rocm() -> None:
     """Where torch has no ROCm, saying so imports no torch."""
-    if torch.version.hip is not None:
-        pytest.skip("this build of torch has ROCm")
     code = (
         "import sys; from powertrain.plugin import NoConfig; from powertrain_rocm.plugin import RocmPlugin\n"
         "assert not RocmPlugin(NoConfig()).is_available().available; assert 'torch' not in sys.modules"

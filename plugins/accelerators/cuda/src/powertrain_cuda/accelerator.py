@@ -19,6 +19,7 @@ class CudaAccelerator(TorchDeviceAccelerator):
 
     name: ClassVar[str] = "cuda"
     device_type: ClassVar[str] = "cuda"
+    build: ClassVar[str | None] = "cuda"
 
     def has_bf16(self) -> bool:
         """Return whether the GPU has bfloat16 units (Ampere and later), not whether it can emulate them."""

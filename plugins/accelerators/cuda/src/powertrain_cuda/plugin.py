@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from powertrain.errors import AcceleratorError
 from powertrain.hookspecs import hookimpl
 from powertrain.plugin import NoConfig, Plugin, Probe
 from powertrain.torch_build import torch_build
@@ -28,19 +27,9 @@ class CudaPlugin(Plugin[NoConfig]):
 
     @hookimpl
     def make_accelerator(self, name: str) -> Accelerator | None:
-        """Return the accelerator ``cuda``.
-
-        Raises:
-            AcceleratorError: it was chosen, and cannot be used here.
-        """
+        """Return the accelerator ``cuda``; its ``device`` says what is missing where there is none."""
         if name != self.name:
             return None
-        probe = self.is_available()
-        if not probe.available:
-            raise AcceleratorError(
-                f"the accelerator cuda cannot be used here: {probe.reason}",
-                remedy="install a build of torch for CUDA and a driver, or choose another `[accelerator] use`",
-            )
         from powertrain_cuda.accelerator import CudaAccelerator
 
         return CudaAccelerator()

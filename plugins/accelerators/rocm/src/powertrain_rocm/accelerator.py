@@ -19,6 +19,7 @@ class RocmAccelerator(TorchDeviceAccelerator):
 
     name: ClassVar[str] = "rocm"
     device_type: ClassVar[str] = "cuda"
+    build: ClassVar[str | None] = "hip"
 
     @property
     def capabilities(self) -> frozenset[str]:
