@@ -5,6 +5,7 @@
     step-200/                                    complete: it has a manifest
     .step-300.partial-<host>-<id>/               a save under way, locked by its coordinator, or what a dead one left
     .step-100.deleted-<host>-<id>/               being deleted
+    .step-300.new-<host>-<id>/                   not locked yet: empty, and there for an instant
 
 Only a rename makes a checkpoint visible, and only a whole one is renamed.
 """
@@ -28,7 +29,7 @@ from powertrain.errors import CheckpointError, CheckpointMissing, ManifestMissin
 from powertrain_checkpoint import manifest
 from powertrain_checkpoint.manifest import Manifest
 
-_HIDDEN = re.compile(r"\.(?P<tag>.+)\.(?P<kind>partial|deleted)-(?P<host>[\w.-]+)-(?P<id>[0-9a-f]{12})")
+_HIDDEN = re.compile(r"\.(?P<tag>.+)\.(?P<kind>new|partial|deleted)-(?P<host>[\w.-]+)-(?P<id>[0-9a-f]{12})")
 _SHARD = "rank-*.safetensors"
 _ABANDONED = 24 * 3600.0
 """Seconds without a change after which another host's unfinished save is taken for dead."""
@@ -106,9 +107,12 @@ class Workplace:
     def make(cls, root: Path, tag: str) -> Workplace:
         """Make and lock one for a save under ``tag``; its identity is the last part of the name."""
         root.mkdir(parents=True, exist_ok=True)
-        path = root / f".{tag}.partial-{_host()}-{uuid.uuid4().hex[:12]}"
+        # It gets its name only once it is locked, so that no sweep takes it for dead.
+        identity = _identity()
+        path = root / f".{tag}.new-{identity}"
         path.mkdir()
-        return cls(path, _lock(path))
+        lock = _lock(path)
+        return cls(path.rename(root / f".{tag}.partial-{identity}"), lock)
 
     @property
     def identity(self) -> str:
@@ -170,13 +174,13 @@ def sweep(root: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         for path in list(root.iterdir()):
             match = _HIDDEN.fullmatch(path.name)
-            if match and (match["kind"] == "deleted" or _is_dead(path, match["host"])):
+            if match and (match["kind"] == "deleted" or _is_dead(path, match["kind"], match["host"])):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def delete(root: Path, tag: str) -> None:
     """Delete a checkpoint; it vanishes at once, its bytes a moment later."""
-    hidden = root / f".{tag}.deleted-{_host()}-{uuid.uuid4().hex[:12]}"
+    hidden = root / f".{tag}.deleted-{_identity()}"
     (root / tag).rename(hidden)
     shutil.rmtree(hidden)
 
@@ -195,6 +199,10 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _identity() -> str:
+    return f"{_host()}-{uuid.uuid4().hex[:12]}"
 
 
 def _host() -> str:
@@ -219,7 +227,7 @@ def _lock(path: Path) -> int | None:
     return descriptor
 
 
-def _is_dead(path: Path, host: str) -> bool:
+def _is_dead(path: Path, kind: str, host: str) -> bool:
     """Return whether the save in ``path`` will never finish.
 
     Locks are trusted on the host that took them; elsewhere, and where there
@@ -230,13 +238,11 @@ def _is_dead(path: Path, host: str) -> bool:
         descriptor = _lock(path)
     except (BlockingIOError, FileNotFoundError):
         return False
-    if descriptor is None:
-        return idle > _ABANDONED
-    os.close(descriptor)
-    if host != _host():
-        return idle > _ABANDONED
-    # Between the making of a workplace and its lock, it is empty and young.
-    return idle > 60 or any(path.iterdir())
+    if descriptor is not None:
+        os.close(descriptor)
+        if kind == "partial" and host == _host():
+            return True
+    return idle > _ABANDONED
 
 
 def _and_inside(path: Path) -> Iterator[Path]:

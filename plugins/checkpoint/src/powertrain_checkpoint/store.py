@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from powertrain.errors import CheckpointError
+from powertrain.errors import CheckpointError, CheckpointWriteFailed
 from powertrain.roles.checkpoint import CheckpointStore, Snapshot
 from powertrain_checkpoint import directory, manifest
 from powertrain_checkpoint.background import Background
@@ -158,9 +158,14 @@ class DirectoryStore(CheckpointStore):
         layout = hashlib.sha256(json.dumps(holding).encode()).hexdigest()
         if self._communicator.rank:
             return _Offer(holding, layout, None, 0.0)
-        directory.sweep(self._root)
-        created = max(time.time(), directory.latest(self._root) + 1e-3)
-        return _Offer(holding, layout, Workplace.make(self._root, tag), created)
+        try:
+            directory.sweep(self._root)
+            created = max(time.time(), directory.latest(self._root) + 1e-3)
+            return _Offer(holding, layout, Workplace.make(self._root, tag), created)
+        except OSError as error:
+            raise CheckpointWriteFailed(
+                f"checkpoint {tag} was not saved: {error.strerror or error}", where=error.filename or str(self._root)
+            ) from error
 
     def _share(self, offer: _Offer) -> dict[str, Any]:
         known = self._planned is not None and self._planned[0] == offer.layout

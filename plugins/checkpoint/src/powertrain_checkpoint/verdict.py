@@ -33,8 +33,11 @@ def together(
         result = work()
         verdict = {"share": share(result)}
     except Exception as error:
-        communicator.gather_json(_describe(error), label=label)
-        raise
+        failure = error
+        if isinstance(error, OSError):
+            failure = CheckpointError(f"the system refused: {error.strerror or error}", where=error.filename)
+        communicator.gather_json(_describe(failure), label=label)
+        raise failure from (None if failure is error else error)
     verdicts = communicator.gather_json(verdict, label=label)
     for rank, other in enumerate(verdicts):
         if "code" in other:
