@@ -81,6 +81,19 @@ def all_reduce_reduces(communicator: Communicator) -> None:
         assert torch.allclose(tensor, expected, rtol=1e-6), f"{reduction}: {tensor} in place of {expected}"
 
 
+def all_reduce_keeps_digits(communicator: Communicator) -> None:
+    """Reduce numbers that no narrower type could hold."""
+    n, me = communicator.size("data"), communicator.index("data")
+    generator = torch.Generator().manual_seed(1)
+    parts = torch.rand(n, 50, generator=generator, dtype=torch.float64) + 1
+    for dtype, limit in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+        tensor = parts[me].to(communicator.device, dtype, copy=True)
+        communicator.all_reduce(tensor).wait()
+        assert torch.allclose(tensor.cpu().double(), parts.sum(0), rtol=limit, atol=0), (
+            f"{dtype} lost digits on the way"
+        )
+
+
 def all_reduce_random(communicator: Communicator) -> list[bytes]:
     """Reduce numbers whose sum depends on the order; return the bits of two tries."""
     generator = torch.Generator().manual_seed(communicator.rank)

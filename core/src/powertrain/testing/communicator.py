@@ -75,6 +75,10 @@ class CommunicatorContract:
         """Mean, maximum and minimum are what they say, not a sum."""
         self.each(collectives.all_reduce_reduces)
 
+    def test_all_reduce_keeps_digits(self) -> None:
+        """Nothing is rounded to a narrower type on the way."""
+        self.each(collectives.all_reduce_keeps_digits)
+
     def test_all_reduce_is_the_same_everywhere(self) -> None:
         """The result of a reduction is bit-equal on all ranks, and when repeated."""
         for n in self.world_sizes:

@@ -105,7 +105,9 @@ class TestAccelerator(Suite, AcceleratorContract):
     role, hooks = "accelerator", frozenset({"make_accelerator"})
 
     def make(self) -> Accelerator:
-        """Return the plugin's accelerator."""
+        """Return the plugin's accelerator, where it can be used."""
+        probe = self.registry.plugins[self.name].is_available()
+        needs(probe.available, f"it cannot be used here: {probe.reason}")
         made: Accelerator | None = self.registry.one("make_accelerator", name=self.name)
         assert made is not None, f"plugin {self.name!r} makes no accelerator of its own name"
         return made

@@ -1,0 +1,207 @@
+"""Communicators with one fault each: the contract must catch every one."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+
+from powertrain.roles.communicator import Done, WrappedCommunicator
+from powertrain.testing.communicator import CommunicatorContract
+from powertrain.testing.loopback import LoopbackWorld
+
+
+class After:
+    """A handle that does something to the result once it is there."""
+
+    def __init__(self, handle, change):
+        self.handle, self.change = handle, change
+
+    def wait(self):
+        self.handle.wait()
+        change, self.change = self.change, lambda: None
+        change()
+
+    def done(self):
+        return self.handle.done()
+
+
+class Faulty(WrappedCommunicator):
+    """Spoils one operation."""
+
+    operation = ""
+
+    def issue(self, collective):
+        if collective.operation != self.operation:
+            return super().issue(collective)
+        return self.spoil(collective)
+
+    def issue_together(self, collectives):
+        return super(WrappedCommunicator, self).issue_together(collectives)
+
+    def changed(self, collective, **changes):
+        return self.inner.issue(attrs.evolve(collective, **changes))
+
+
+class LosesTheWait(Faulty):
+    def issue(self, collective):
+        self.inner.issue(collective)
+        return Done()
+
+
+class ScattersOffByOne(Faulty):
+    operation = "reduce_scatter"
+
+    def spoil(self, collective):
+        return self.changed(collective, input=collective.input.roll(1))
+
+
+class ScattersToTheNeighbour(Faulty):
+    operation = "reduce_scatter"
+
+    def spoil(self, collective):
+        return self.changed(collective, input=collective.input.roll(collective.output.numel()))
+
+
+class MeansASum(Faulty):
+    operation = "all_reduce"
+
+    def spoil(self, collective):
+        reduction = "sum" if collective.reduction == "mean" else collective.reduction
+        return self.changed(collective, reduction=reduction)
+
+
+class SumsAMeanWhenScattering(Faulty):
+    operation = "reduce_scatter"
+
+    def spoil(self, collective):
+        return self.changed(collective, reduction="mean")
+
+
+class GathersInReverse(Faulty):
+    operation = "all_gather"
+
+    def spoil(self, collective):
+        pieces = collective.output.view(self.size(collective.dimension), -1)
+        return After(self.inner.issue(collective), lambda: pieces.copy_(pieces.flip(0).clone()))
+
+
+class ReducesInHalf(Faulty):
+    operation = "all_reduce"
+
+    def spoil(self, collective):
+        half = collective.input.to(torch.bfloat16) if collective.input.is_floating_point() else collective.input
+        handle = self.changed(collective, input=half, output=half)
+        return After(handle, lambda: collective.output.copy_(half))
+
+
+class TakesMaximumForMinimum(Faulty):
+    operation = "all_reduce"
+
+    def spoil(self, collective):
+        return self.changed(collective, reduction="max" if collective.reduction == "min" else collective.reduction)
+
+
+class BroadcastsFromZero(Faulty):
+    operation = "broadcast"
+
+    def spoil(self, collective):
+        return self.changed(collective, peer=0)
+
+
+class ForgetsTheSplits(Faulty):
+    operation = "all_to_all"
+
+    def spoil(self, collective):
+        return self.changed(collective, input_splits=None, output_splits=None)
+
+
+class PassesTheBarrier(Faulty):
+    operation = "barrier"
+
+    def spoil(self, collective):
+        return Done()
+
+
+class SpoilsItsInput(Faulty):
+    operation = "reduce_scatter"
+
+    def spoil(self, collective):
+        return After(self.inner.issue(collective), lambda: collective.input.zero_())
+
+
+class ReducesOverTheWorld(Faulty):
+    operation = "all_reduce"
+
+    def spoil(self, collective):
+        return self.changed(collective, dimension="world")
+
+
+class ForgetsTheLastOfSeveral(Faulty):
+    def issue_together(self, collectives):
+        return super().issue_together(collectives[:-1])
+
+
+class AllocatesAnotherType(Faulty):
+    def empty(self, numel, dtype, dimension="data"):
+        return super().empty(numel, torch.float32, dimension)
+
+
+class SendsTheFirstTwice(Faulty):
+    operation = "send"
+    kept = None
+
+    def spoil(self, collective):
+        self.kept = collective.input.clone() if self.kept is None else self.kept
+        return self.changed(collective, input=self.kept)
+
+
+class DropsTheEnd(Faulty):
+    operation = "all_reduce"
+
+    def spoil(self, collective):
+        flat = collective.output.view(-1)
+        kept = flat[2**20 :].clone()
+        return After(self.inner.issue(collective), lambda: flat[2**20 :].copy_(kept))
+
+
+FAULTS = [
+    LosesTheWait,
+    ScattersOffByOne,
+    ScattersToTheNeighbour,
+    MeansASum,
+    SumsAMeanWhenScattering,
+    GathersInReverse,
+    ReducesInHalf,
+    TakesMaximumForMinimum,
+    BroadcastsFromZero,
+    ForgetsTheSplits,
+    PassesTheBarrier,
+    SpoilsItsInput,
+    ReducesOverTheWorld,
+    ForgetsTheLastOfSeveral,
+    AllocatesAnotherType,
+    SendsTheFirstTwice,
+    DropsTheEnd,
+]
+
+
+def suite(wrapper):
+    class Suite(CommunicatorContract):
+        world_sizes = (2, 3)
+
+        def on_ranks(self, n, check, *args, sizes=None):
+            return LoopbackWorld(n, sizes, timeout=2.0).run(lambda inner: check(wrapper(inner), *args))
+
+    return Suite
+
+
+def test_the_healthy_one_passes(contract):
+    """A wrapper without a fault fails no test."""
+    assert contract.failures(suite(Faulty)) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_fault_is_caught(contract, fault, record_property):
+    """A communicator with one fault fails a test."""
+    record_property("caught by", contract.caught_by(suite(fault)))

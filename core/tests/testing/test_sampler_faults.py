@@ -1,0 +1,112 @@
+"""Samplers with one fault each: the contract must catch every one."""
+
+from __future__ import annotations
+
+import pytest
+
+from powertrain.config import BatchSizes
+from powertrain.sampling import EpochSampler
+from powertrain.testing.sampler import SamplerContract
+
+
+class DuplicatesASample(EpochSampler):
+    def __iter__(self):
+        previous = None
+        for batch in super().__iter__():
+            yield batch if previous is None else [previous, *batch[1:]]
+            previous = batch[0]
+
+
+class ForgetsThePosition(EpochSampler):
+    def load_state(self, state):
+        super().load_state({**state, "consumed": 0})
+
+
+class ForgetsTheEpoch(EpochSampler):
+    def load_state(self, state):
+        super().load_state({**state, "epoch": 0})
+
+
+class ResumesOneBatchLate(EpochSampler):
+    def load_state(self, state):
+        super().load_state(state)
+        self.advance()
+
+
+class CountsWhatWasReadAhead(EpochSampler):
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.consumed += self.sizes.total
+            yield batch
+
+
+class GivesEveryRankTheSame(EpochSampler):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.first = 0
+
+
+class ShufflesByRanks(EpochSampler):
+    def __init__(self, length, sizes, data_rank, data_size, seed):
+        super().__init__(length, sizes, data_rank, data_size, seed + data_size)
+
+
+class CountsSamplesOfOneRank(EpochSampler):
+    def state(self):
+        return {**super().state(), "consumed": self.consumed // self.sizes.total * self.local}
+
+
+class KeepsItsRankInTheState(EpochSampler):
+    def state(self):
+        return {**super().state(), "first": self.first}
+
+
+class AcceptsAnotherDataset(EpochSampler):
+    def load_state(self, state):
+        super().load_state({**state, "length": self.length})
+
+
+class StopsAfterAnEpoch(EpochSampler):
+    def advance(self):
+        self.consumed += self.sizes.total
+
+
+class DropsALot(EpochSampler):
+    def __iter__(self):
+        yield from list(super().__iter__())[:-1]
+
+
+FAULTS = [
+    DuplicatesASample,
+    ForgetsThePosition,
+    ForgetsTheEpoch,
+    ResumesOneBatchLate,
+    CountsWhatWasReadAhead,
+    GivesEveryRankTheSame,
+    ShufflesByRanks,
+    CountsSamplesOfOneRank,
+    KeepsItsRankInTheState,
+    AcceptsAnotherDataset,
+    StopsAfterAnEpoch,
+    DropsALot,
+]
+
+
+def suite(sampler):
+    class Suite(SamplerContract):
+        def make(self, length, total, index, size, seed):
+            sizes = BatchSizes(micro=total // size, accumulation=1, total=total, origins={})
+            return sampler(length, sizes, index, size, seed)
+
+    return Suite
+
+
+def test_the_healthy_one_passes(contract):
+    """A sampler without a fault fails no test."""
+    assert contract.failures(suite(EpochSampler)) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_fault_is_caught(contract, fault, record_property):
+    """A sampler with one fault fails a test."""
+    record_property("caught by", contract.caught_by(suite(fault)))
