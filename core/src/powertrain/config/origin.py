@@ -56,4 +56,9 @@ def dotted(path: Sequence[str | int]) -> str:
 
 def key(name: str) -> str:
     """Write one key, quoted where TOML asks for it."""
-    return name if _BARE.fullmatch(name) else json.dumps(name, ensure_ascii=False)
+    return name if _BARE.fullmatch(name) else quoted(name)
+
+
+def quoted(text: str) -> str:
+    """Write a string as TOML does; JSON's escapes are TOML's, but JSON leaves DEL as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

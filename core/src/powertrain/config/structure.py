@@ -44,53 +44,49 @@ def structure(
     every = {**schemas, **CORE_TABLES}
     known_options = all_options(options or {})
     converter = make_converter(known_options)
-    problems: list[Problem] = list(_unknown_sections(document, every, installed))
     elsewhere = _elsewhere(every, known_options)
+    problems: list[Problem] = list(_unknown_sections(document, every, installed))
     made: dict[str, Any] = {}
     for section, kind in every.items():
         content = document.raw.get(section, {})
         if not isinstance(content, dict):
-            problems.append(
-                document.problem((section,), "wrong type", expected=f"a table [{section}]", found=words.found(content))
-            )
+            expected = f"a table [{section}]"
+            problems.append(document.problem((section,), "wrong type", expected=expected, found=words.found(content)))
             continue
-        switch = content.get(ENABLED, True)
-        if not isinstance(switch, bool):
-            problems.append(
-                document.problem(
-                    (section, ENABLED),
-                    "wrong type",
-                    expected="true or false",
-                    found=words.found(switch),
-                    suggestion=switch if switch in ("true", "false") else None,
-                )
-            )
+        problems += _switch_problems(document, section, content)
         keys_only = {name: value for name, value in content.items() if name != ENABLED}
         try:
             value = table(converter, known_options, keys_only, kind, (ENABLED,))
         except Mismatches as mismatches:
             problems += [_problem(document, section, item, elsewhere) for item in mismatches.items]
-            continue
-        if section in document.disabled:
-            value = kind() if section in CORE_TABLES else None
-        if value is not None and (section in CORE_TABLES or section in document.sections):
+        else:
             made[section] = value
     if "batch" in made and (clash := check_batch(made["batch"])) is not None:
         problems.append(document.problem(("batch", "total"), clash.message, suggestion=clash.suggestion))
     if problems:
         raise error(document.name, sorted(problems, key=_place))
-    core = {section: made[section] for section in CORE_TABLES}
+    core = {section: kind() if section in document.disabled else made[section] for section, kind in CORE_TABLES.items()}
     tables = {section: made[section] for section in document.sections if section in made and section not in core}
     config = Config(name=document.name, tables=tables, **core)
     return attrs.evolve(config, origins=dict(_origins(config, document)))
+
+
+def _switch_problems(document: Document, section: str, content: Mapping[str, Any]) -> Iterator[Problem]:
+    switch = content.get(ENABLED, True)
+    if not isinstance(switch, bool):
+        suggestion = switch if switch in ("true", "false") else None
+        found = words.found(switch)
+        path = (section, ENABLED)
+        yield document.problem(path, "wrong type", expected="true or false", found=found, suggestion=suggestion)
 
 
 def _unknown_sections(
     document: Document, known: Mapping[str, type[Any]], installed: Collection[str]
 ) -> Iterator[Problem]:
     plugins = document.raw.get("plugins")
-    disabled = plugins.get("disable") if isinstance(plugins, dict) else None
-    legal = {*known, *installed, *document.disabled, *(disabled if isinstance(disabled, list) else ())}
+    listed = plugins.get("disable") if isinstance(plugins, dict) else None
+    off = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    legal = {*known, *installed, *document.disabled, *off}
     for name, content in document.raw.items():
         if name in legal:
             continue

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from powertrain.config.origin import key
+from powertrain.config.origin import key, quoted
 
 
 def write(sections: Mapping[str, Mapping[str, Any]]) -> str:
@@ -28,8 +27,7 @@ def value(item: Any) -> str:
     if isinstance(item, float):
         return repr(item)
     if isinstance(item, str):
-        # JSON leaves DEL as it is; TOML does not allow it.
-        return json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return quoted(item)
     if isinstance(item, (datetime.date, datetime.time)):
         return item.isoformat()
     if isinstance(item, (list, tuple)):

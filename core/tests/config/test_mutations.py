@@ -1,0 +1,81 @@
+"""A misspelt key never passes: each one-character mutation of each legal key is rejected with the right suggestion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from powertrain.config import read, structure
+from powertrain.config.options import all_options
+from powertrain.config.record import keys, open_field
+from powertrain.config.tables import CORE_TABLES
+from powertrain.errors import ConfigError
+from powertrain.registry import installed, load
+
+LETTERS = "ax_"
+
+
+def plugin_tables() -> dict[str, type[Any]]:
+    return {name: load(name).Config for name in installed() if name not in CORE_TABLES}
+
+
+def variants(kind: type[Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each ``name`` that decides what a table takes, and the keys that are legal then."""
+    rest = open_field(kind)
+    if rest is None:
+        yield "", list(keys(kind))
+    else:
+        for name, options in all_options({})[rest.metadata["open"]].items():
+            yield name, [*keys(kind), *keys(options)]
+
+
+def mutations(word: str) -> set[str]:
+    cuts = range(len(word))
+    deleted = {word[:i] + word[i + 1 :] for i in cuts}
+    swapped = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in cuts[:-1]}
+    replaced = {word[:i] + letter + word[i + 1 :] for i in cuts for letter in LETTERS}
+    inserted = {word[:i] + letter + word[i:] for i in range(len(word) + 1) for letter in LETTERS}
+    return (deleted | swapped | replaced | inserted) - {word, ""}
+
+
+@pytest.mark.parametrize("section", sorted({*CORE_TABLES, *installed()}))
+def test_each_mutation_of_a_key_is_rejected(section: str) -> None:
+    """Every mutation is an unknown key at its own path, and the suggestion names the original."""
+    schemas = plugin_tables()
+    for name, legal in variants({**schemas, **CORE_TABLES}[section]):
+        for word in legal:
+            wrongs = mutations(word) - {*legal, "enabled"}
+            assert len(wrongs) >= 4 * len(word)
+            for wrong in wrongs:
+                table = {wrong: 1, **({"name": name} if name and word != "name" else {})}
+                with pytest.raises(ConfigError) as error:
+                    structure(read({section: table}, environ={}), schemas)
+                (problem,) = (item for item in error.value.problems if item.path == f"{section}.{wrong}")
+                assert problem.message == "unknown key"
+                assert f"{section}.{word}" in problem.suggestion.replace(" or ", ", ").split(", ")
+
+
+@pytest.mark.parametrize("section", list(CORE_TABLES))
+def test_each_mutation_of_a_section_is_rejected(section: str) -> None:
+    """Every mutation of a section's name is an unknown section, and the suggestion names the original."""
+    schemas = plugin_tables()
+    for wrong in mutations(section) - {*schemas, *CORE_TABLES}:
+        with pytest.raises(ConfigError) as error:
+            structure(read({wrong: {}}, environ={}), schemas)
+        (problem,) = error.value.problems
+        assert problem.message == "unknown section"
+        assert f"[{section}]" in problem.suggestion
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "scheduler"])
+def test_each_mutation_of_a_name_is_rejected(kind: str) -> None:
+    """Every mutation of an optimizer's or schedule's name is rejected, and the suggestion names the original."""
+    names = all_options({})[kind]
+    for name in names:
+        for wrong in mutations(name) - set(names):
+            with pytest.raises(ConfigError) as error:
+                structure(read({kind: {"name": wrong}}, environ={}), {})
+            found = [problem for problem in error.value.problems if problem.path == f"{kind}.name"]
+            assert f'"{name}"' in found[0].suggestion
