@@ -245,6 +245,38 @@ def test_mistakes_exit_with_two_before_anything_starts(powertrain, tmp_path, arg
     assert "Traceback" not in done.stderr
 
 
+DEVICES = """
+from powertrain.hookspecs import hookimpl
+from powertrain.plugin import Plugin, Probe
+
+class Three:
+    def device_count(self):
+        return 3
+
+class ThePlugin(Plugin):
+    name, api = {name!r}, 1
+
+    def is_available(self):
+        return Probe(True, "3 devices")
+
+    @hookimpl
+    def make_accelerator(self, name):
+        return Three()
+"""
+
+
+def test_one_rank_a_device_by_default(powertrain, farm, tmp_path):
+    """Without --nproc there is one rank for each device of an available accelerator; a broken probe counts as none."""
+    (tmp_path / "train.py").touch()
+    assert "--nproc-per-node=1 " in powertrain("launch", "--dry-run", "train.py").stdout
+    keywords = "powertrain-plugin powertrain-accelerator"
+    farm.add("angry", DEVICES.replace("return Probe", "raise OSError('stub') #"), keywords=keywords)
+    farm.add("fast", DEVICES, keywords=keywords)
+    done = powertrain("launch", "--dry-run", "train.py", farm=farm)
+    assert "--nproc-per-node=3 " in done.stdout
+    assert "'angry' is not counted: OSError: stub" in done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_unreadable_script(powertrain, tmp_path):
     """A script that may not be read is refused before anything starts."""

@@ -92,7 +92,7 @@ def _ask(probe: Sequence[str], deadline: float) -> list[Check]:
     except (ValueError, TypeError, IndexError):
         last = (err.strip().splitlines() or ["it said nothing"])[-1]
         code = process.returncode
-        ended = f"died with {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        ended = f"died: {signal.strsignal(-code)}" if code < 0 else f"exited with {code}"
         return [Check(area, label, "fail", f"the probe {ended}: {last}", "mend or uninstall what it looks at")]
 
 

@@ -96,6 +96,9 @@ def launch(
     return _run(plan, quiet=not verbose and environment.log_level() != "debug")
 
 
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
+
+
 def _processes(nproc: str) -> int:
     if nproc == "auto":
         return max(1, _devices())
@@ -109,13 +112,20 @@ def _processes(nproc: str) -> int:
 def _devices() -> int:
     """Return how many devices the first available accelerator offers, not counting host processors."""
     from powertrain.cli.plugin_states import usable
-    from powertrain.registry import installed
+    from powertrain.registry import Registry, installed
 
     providers = {name: entry for name, entry in installed().items() if "accelerator" in entry.roles}
     for _entry, plugin, _error in usable(providers):
-        if plugin is not None and not plugin.fallback and plugin.is_available().available:
-            accelerator = plugin.make_accelerator(plugin.name)  # type: ignore[attr-defined]
-            return int(accelerator.device_count())
+        if plugin is None or plugin.fallback:
+            continue
+        try:
+            if plugin.is_available().available:
+                accelerator = Registry([plugin]).one("make_accelerator", name=plugin.name)
+                return int(accelerator.device_count())
+        except Exception as error:
+            click.echo(
+                f"Warning: accelerator {plugin.name!r} is not counted: {type(error).__name__}: {error}", err=True
+            )
     return 0
 
 
@@ -131,7 +141,8 @@ def _run(plan: LaunchPlan, *, quiet: bool) -> int:
         previous = logging.root.manager.disable
         if quiet:
             logging.disable(logging.CRITICAL)  # the agent is all that runs in this process
-        handlers = {number: signal.getsignal(number) for number in _HANDLED}
+        # The agent installs handlers of its own and leaves them behind.
+        handlers = {number: signal.getsignal(number) for number in (*_ENDING, signal.SIGINT)}
         try:
             elastic_launch(_agent_config(plan, reports), sys.executable)(*worker, *plan.arguments)
         except ChildFailedError as error:
@@ -153,9 +164,6 @@ def _run(plan: LaunchPlan, *, quiet: bool) -> int:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return 0
-
-
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _agent_config(plan: LaunchPlan, directory: str) -> LaunchConfig:
