@@ -117,21 +117,14 @@ def _local_plan(items: list[Any]) -> SavePlan:
 
     from powertrain_checkpoint.dtypes import to_torch
 
-    return SavePlan(
-        [
-            WriteItem(
-                index=MetadataIndex(name, offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
-                    properties=TensorProperties(dtype=to_torch(dtype)),
-                    size=torch.Size(shape),
-                ),
-            )
-            for name, shape, dtype, chunks in items
-            for offsets, sizes in chunks
-        ]
-    )
+    result = []
+    for name, shape, dtype, chunks in items:
+        properties, size = TensorProperties(dtype=to_torch(dtype)), torch.Size(shape)
+        for offsets, sizes in chunks:
+            chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+            data = TensorWriteData(chunk=chunk, properties=properties, size=size)
+            result.append(WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data))
+    return SavePlan(result)
 
 
 def _piece(item: WriteItem) -> Piece:
