@@ -91,6 +91,9 @@ class CheckpointReader(ABC):
     def read(self, slices: Sequence[TensorSlice]) -> None:
         """Fill the slices in place, converting element types; each rank reads what it needs.
 
+        Called on every rank, the same number of times, so that a damaged file
+        fails them all; a rank that needs nothing passes an empty sequence.
+
         Raises:
             CheckpointError: a name or shape is not in the checkpoint, or a file is damaged.
         """
