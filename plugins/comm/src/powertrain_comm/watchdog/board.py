@@ -96,8 +96,8 @@ class Board:
         return True
 
 
-def open_boards(communicator: Communicator, timeout: float) -> tuple[Board, Board]:
-    """Host or reach the store; return a connection for this thread and one for another.
+def open_boards(communicator: Communicator, timeout: float, note: str) -> tuple[Board, Board, list[str]]:
+    """Host or reach the store; return a connection for this thread, one for another, and every rank's ``note``.
 
     Called on every rank. ``timeout`` (seconds) bounds the first one's waits for notes.
     """
@@ -105,7 +105,7 @@ def open_boards(communicator: Communicator, timeout: float) -> tuple[Board, Boar
     server = None
     if communicator.rank == HOST:
         server = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=REACH)
-    ports = communicator.gather_json(None if server is None else server.port, label="watchdog")
-    mine, other = (TCPStore(address, ports[HOST], wait_for_workers=False, timeout=REACH) for _ in range(2))
+    gathered = communicator.gather_json([None if server is None else server.port, note], label="watchdog")
+    mine, other = (TCPStore(address, gathered[HOST][0], wait_for_workers=False, timeout=REACH) for _ in range(2))
     mine.set_timeout(timedelta(seconds=timeout))
-    return Board(mine, server), Board(other)
+    return Board(mine, server), Board(other), [theirs for _, theirs in gathered]

@@ -8,12 +8,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import attrs
 
 from powertrain.errors import CommunicationError
 from powertrain.mesh import WORLD, Mesh
+from powertrain_comm.watchdog.blackbox import BlackBox, read
 from powertrain_comm.watchdog.board import HOST, Board, BoardLost
 from powertrain_comm.watchdog.diagnosis import State, find_divergence
 from powertrain_comm.watchdog.records import Ledger, Record
@@ -57,14 +60,27 @@ class Guard:
         desk: the connection of the main thread.
         mesh: the ranks' arrangement.
         timeout: seconds that a collective may take.
+        box: this rank's black box, removed at the end.
+        boxes: the paths of all ranks' black boxes.
     """
 
-    def __init__(self, ledger: Ledger, board: Board, desk: Board, mesh: Mesh, timeout: float) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        board: Board,
+        desk: Board,
+        mesh: Mesh,
+        timeout: float,
+        box: BlackBox,
+        boxes: Sequence[str],
+    ) -> None:
         self._ledger = ledger
         self._board: Board | None = board
         self._desk = desk
         self._mesh = mesh
         self._timeout = timeout
+        self._box = box
+        self._boxes = boxes
         self._rank = mesh.rank
         self._ranks = mesh.peers(WORLD)
         self._wake = threading.Event()
@@ -111,6 +127,7 @@ class Guard:
         self._wake.set()
         atexit.unregister(self.close)
         self._thread.join(LINGER)
+        self._box.close()
         with contextlib.suppress(BoardLost):
             if self._board is None:
                 return
@@ -232,15 +249,21 @@ class Guard:
         notes = {**board.read_all("state", self._ranks), **answers}
         return {
             r: State.parse(r, notes.get(r), answered=r in answers and r not in left, left=r in left)
+            if r in answers or r in left
+            else self._last_of(r, notes.get(r))
             for r in self._ranks
         }
+
+    def _last_of(self, rank: int, note: Mapping[str, Any] | None) -> State:
+        """Return what a rank that does not answer left behind."""
+        return State.parse(rank, read(self._boxes[rank]) or note, answered=False, left=False)
 
     def _host_is_gone(self, error: BoardLost) -> None:
         """End the run: the host of the board announces itself when it leaves in peace."""
         self._board = None
         if self._stop.is_set():
             return
-        states = {HOST: State(rank=HOST), self._rank: self._mine()}
+        states = {HOST: self._last_of(HOST, None), self._rank: self._mine()}
         verdict = judge(self._mesh, states, stalled=None, rank=self._rank, timeout=self._timeout)
         assert verdict is not None, error
         self._obey(attrs.evolve(verdict, reporter=self._rank))
@@ -277,6 +300,8 @@ class Guard:
             if board is not None and self._rank == HOST:
                 here = len(self._ranks) - len(verdict.absent)
                 board.until(lambda: board.count("released") >= here, 2 * LAST_WORDS)
+        for rank in {self._rank, *verdict.absent}:
+            Path(self._boxes[rank]).unlink(missing_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # the main thread may be stuck in C++, where no exception reaches it

@@ -19,7 +19,7 @@ class SiteFinder:
     """Finds the frames that a person wants to see.
 
     The innermost caller is the first frame outside this plugin, the
-    communicator role and torch; the user's frame is the first one outside all
+    communicator role, torch and threading; the user's frame is the first one outside all
     powertrain packages.
     """
 
@@ -56,7 +56,7 @@ class SiteFinder:
 
 def _kind(module: str) -> int:
     package = module.partition(".")[0]
-    if package in ("powertrain_comm", "torch") or module == "powertrain.roles.communicator":
+    if package in ("powertrain_comm", "torch", "threading") or module == "powertrain.roles.communicator":
         return PLUMBING
     return CALLER if package == "powertrain" or package.startswith("powertrain_") else USER
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from powertrain.errors import CommunicationError
 from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
+from powertrain_comm.watchdog.blackbox import BlackBox
 from powertrain_comm.watchdog.board import open_boards
 from powertrain_comm.watchdog.check import CrossCheck
 from powertrain_comm.watchdog.guard import Guard
@@ -34,7 +35,10 @@ class WatchedHandle:
         try:
             self._inner.wait()
         except CommunicationError as error:
-            raise self._guard.explain(error) from error
+            for record in self._records:
+                record.finished, record.handle = False, None  # what failed is what this rank was doing
+            reason = self._guard.explain(error)
+            raise reason from (error.__cause__ if reason is error else None)
         if self._inner.done():
             for record in self._records:
                 record.finished, record.handle = True, None
@@ -56,9 +60,10 @@ class WatchedCommunicator(WrappedCommunicator):
     def __init__(self, inner: Communicator, timeout: float, *, cross_check: bool = False) -> None:
         super().__init__(inner)
         self._ledger = Ledger()
-        desk, board = open_boards(inner, timeout)
+        self._box = BlackBox()
+        desk, board, boxes = open_boards(inner, timeout, str(self._box.path))
         self._check = CrossCheck(desk, self.mesh) if cross_check else None
-        self._guard = Guard(self._ledger, board, desk, self.mesh, timeout)
+        self._guard = Guard(self._ledger, board, desk, self.mesh, timeout, self._box, boxes)
         self._hook = ExceptHook(self._guard.report)
 
     def issue(self, collective: Collective) -> Handle:
@@ -69,11 +74,16 @@ class WatchedCommunicator(WrappedCommunicator):
             PeerFailed: another rank raised, died or left.
             CommunicationError: it could not be started.
         """
-        return self._start([self._ledger.begin(collective)], [collective])
+        record = self._ledger.begin(collective)
+        self._box.write(record)
+        return self._start([record], [collective])
 
     def issue_together(self, collectives: Sequence[Collective]) -> Handle:
         """Record several collectives and start them; raises as ``issue`` does."""
-        return self._start([self._ledger.begin(collective) for collective in collectives], collectives)
+        records = [self._ledger.begin(collective) for collective in collectives]
+        for record in records:
+            self._box.write(record)
+        return self._start(records, collectives)
 
     def _start(self, records: Sequence[Record], collectives: Sequence[Collective]) -> Handle:
         if self._check is not None:
@@ -84,10 +94,11 @@ class WatchedCommunicator(WrappedCommunicator):
                 self.inner.issue(collectives[0]) if len(collectives) == 1 else self.inner.issue_together(collectives)
             )
         except BaseException as error:
+            if isinstance(error, CommunicationError):
+                reason = self._guard.explain(error)
+                raise reason from (error.__cause__ if reason is error else None)
             for record in records:
                 record.finished = True
-            if isinstance(error, CommunicationError):
-                raise self._guard.explain(error) from error
             raise
         for record in records:
             record.handle = inner
