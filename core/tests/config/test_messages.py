@@ -295,4 +295,4 @@ def test_types_that_cannot_be_resolved_are_the_plugin_s_fault() -> None:
         x: Nowhere = 1  # type: ignore[name-defined]  # noqa: F821
 
     with pytest.raises(PluginBroken, match="Nowhere"):
-        structure(read({"broken": {}}, environ={}), {"broken": Broken})
+        structure(read({"broken": {"x": 1}}, environ={}), {"broken": Broken})

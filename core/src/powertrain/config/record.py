@@ -67,7 +67,10 @@ def table(converter: cattrs.Converter, options: Options, value: Any, kind: type[
     """
     if not isinstance(value, dict):
         raise Mismatches([wrong_type(value, kind)])
-    fields, rest, hints = keys(kind), open_field(kind), type_hints(kind)
+    fields, rest = keys(kind), open_field(kind)
+    if not value and rest is None and all(field.default is not attrs.NOTHING for field in fields.values()):
+        return kind()  # most sections of most files: resolving their types would be most of the work
+    hints = type_hints(kind)
     collector, values = Collector(), {}
     others = {}
     for name, item in value.items():
