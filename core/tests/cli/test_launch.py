@@ -119,6 +119,39 @@ def test_killed_rank_is_named_with_its_signal(powertrain, script):
     assert "rank 0" in done.stderr and "SIGKILL" in done.stderr
 
 
+def test_rank_that_cannot_end_is_still_the_one_that_failed(powertrain, script):
+    """The rank that told its error first is named with its own code, even if the agent had to end it."""
+    path = script(
+        "import atexit, os, pathlib, time\n"
+        "told = pathlib.Path(__file__).with_name('told')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    atexit.register(time.sleep, 60)\n"
+        "    atexit.register(told.touch)\n"
+        "    raise ValueError('the first')\n"
+        "while not told.exists(): time.sleep(0.01)\n"
+        "os._exit(9)\n"
+    )
+    done = powertrain("launch", "--nproc", "2", path)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("rank 1 (pid ") and last.endswith("exited with code 1; its message is above")
+    assert done.returncode == 1
+
+
+def test_killed_rank_is_named_before_those_that_missed_it(powertrain, script):
+    """A rank that was killed is the cause, whatever the others said when they lost it."""
+    path = script(
+        "import os, signal, time\n"
+        "from powertrain.errors import PeerFailed\n"
+        "if os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "time.sleep(0.5)\nraise PeerFailed('rank 1 is gone')\n"
+    )
+    done = powertrain("launch", "--nproc", "2", path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("rank 1 (pid ")
+    assert "SIGKILL" in done.stderr.splitlines()[-1]
+
+
 def test_syntax_error_is_shown_like_python_does(powertrain, script):
     """A script that does not parse shows the line, without any of our frames."""
     done = powertrain("launch", script("def f(:\n"))

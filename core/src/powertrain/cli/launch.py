@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -187,18 +187,36 @@ def _agent_config(plan: LaunchPlan, directory: str) -> LaunchConfig:
 
 def _report(failures: Mapping[int, ProcessFailure], reports: Path) -> int:
     """Say in one line which rank failed first, and return the exit code."""
-    told = sorted(reports.glob("first-*"), reverse=True)
-    named = int(told[0].read_text() or -1) if told else -1
-    rank = named if named in failures else min(failures, key=lambda each: failures[each].timestamp)
-    failure = failures[rank]
-    # The agent ends the ranks that are left, and lists some of them as failures too.
-    same = sum(other.exitcode == failure.exitcode for other in failures.values()) - 1
+    codes = {each.pid: each.exitcode for each in failures.values()}
+    ranks = {each.pid: rank for rank, each in failures.items()}
+    told = _first_told(reports, ranks)
+    if told is not None:
+        pid, codes[pid] = told
+        above = "; its message is above"
+    else:
+        # The agent ends the ranks that are left with SIGTERM: they failed last. One that was killed
+        # otherwise could not say so itself, and the others may have failed for want of it.
+        pid = min(codes, key=lambda each: (codes[each] == -signal.SIGTERM, codes[each] >= 0, ranks[each]))
+        above = ""
+    code = codes[pid]
+    same = sum(other == code for other in codes.values()) - 1
     others = f", as did {same} more" if same else ""
-    if failure.exitcode < 0:
-        name = failure.signal_name()
+    if code < 0:
+        name = failures[ranks[pid]].signal_name()
         hint = " (out of memory? see dmesg)" if name == "SIGKILL" else ""
-        click.echo(f"rank {rank} (pid {failure.pid}) was killed by {name}{hint}{others}", err=True)
+        click.echo(f"rank {ranks[pid]} (pid {pid}) was killed by {name}{hint}{others}", err=True)
         return INTERRUPTED if name == "SIGINT" else 1
-    above = "; its message is above" if told else ""
-    click.echo(f"rank {rank} (pid {failure.pid}) exited with code {failure.exitcode}{others}{above}", err=True)
-    return failure.exitcode
+    click.echo(f"rank {ranks[pid]} (pid {pid}) exited with code {code}{others}{above}", err=True)
+    return code
+
+
+def _first_told(reports: Path, pids: Container[int]) -> tuple[int, int] | None:
+    """Return pid and exit code of the rank that told its error first, if it is one of ``pids``.
+
+    A rank of an earlier attempt is not.
+    """
+    for report in reports.glob("first-*"):
+        pid, _, code = report.read_text().partition(" ")
+        if pid.isdigit() and int(pid) in pids:
+            return int(pid), int(code)
+    return None

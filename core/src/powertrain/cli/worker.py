@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import os
 import runpy
 import signal
 import sys
@@ -31,6 +32,7 @@ def main(arguments: list[str]) -> int:
     """Run the script that ``arguments`` name and return the rank's exit code."""
     reports, kind, name, *rest = arguments
     _die_with_launcher()
+    rank = Rank()
     try:
         rank = Rank.from_environment()
         logs.configure(rank.index)
@@ -39,11 +41,11 @@ def main(arguments: list[str]) -> int:
         return 130
     except PowertrainError as error:
         text = traceback.format_exc() if log_level() == "debug" else f"Error: {error}\n"
-        _Reporter(Path(reports), rank).tell(text, brief=isinstance(error, PeerFailed))
+        _Reporter(Path(reports), rank).tell(text, error.exit_code, brief=isinstance(error, PeerFailed))
         return error.exit_code
     except Exception as error:
         lines = traceback.format_exception(type(error), error, _own_frames(error.__traceback__))
-        _Reporter(Path(reports), rank).tell("".join(lines))
+        _Reporter(Path(reports), rank).tell("".join(lines), 1)
         return 1
     return 0
 
@@ -72,20 +74,22 @@ class _Reporter:
     """Tells an error once for all ranks of this host."""
 
     def __init__(self, directory: Path, rank: Rank) -> None:
-        restarts = variables("TORCHELASTIC_RESTART_COUNT").get("TORCHELASTIC_RESTART_COUNT", "0")
         self.directory = directory
-        self.prefix = restarts
+        self.attempt = variables("TORCHELASTIC_RESTART_COUNT").get("TORCHELASTIC_RESTART_COUNT", "0")
         self.rank = rank
 
-    def tell(self, text: str, *, brief: bool = False) -> None:
-        """Write ``text`` on standard error unless another rank has told the same."""
+    def tell(self, text: str, code: int, *, brief: bool = False) -> None:
+        """Write ``text`` on standard error unless another rank has told the same.
+
+        The first rank that tells leaves its pid and exit ``code`` to the launcher.
+        """
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if not self._claim(f"told-{self.prefix}-{digest}"):
+        if not self._claim(f"told-{self.attempt}-{digest}"):
             return
         if not brief:
-            self._claim(f"first-{self.prefix}")
+            self._claim(f"first-{self.attempt}", f"{os.getpid()} {code}")
         label = f"[rank {self.rank.index}] " if self.rank.world_size > 1 else ""
-        full = not brief and any(self._claim(f"full-{self.prefix}-{slot}") for slot in range(FULL_REPORTS))
+        full = not brief and any(self._claim(f"full-{self.attempt}-{slot}") for slot in range(FULL_REPORTS))
         if not full:
             lines = text.strip().splitlines()
             # The first line of words, the last one of a traceback.
@@ -93,10 +97,10 @@ class _Reporter:
         sys.stderr.write(label + text)
         sys.stderr.flush()
 
-    def _claim(self, name: str) -> bool:
+    def _claim(self, name: str, content: str = "") -> bool:
         try:
             with (self.directory / name).open("x") as file:
-                file.write(str(self.rank.index))
+                file.write(content)
         except FileExistsError:
             return False
         except OSError:
