@@ -25,11 +25,11 @@ def cases(function):
 class Contract:
     """Runs the tests of one contract class."""
 
-    def failures(self, contract, *, stop=False):
-        """Return (test, error) of each test that fails; only the first with ``stop``."""
+    def failures(self, contract, only=None):
+        """Return (test, error) of each test that fails, of all or of the one called ``only``."""
         found = []
         for name, function in inspect.getmembers(contract, inspect.isfunction):
-            if not name.startswith("test_"):
+            if not name.startswith("test_") or only not in (None, name):
                 continue
             for arguments in cases(function):
                 with tempfile.TemporaryDirectory() as directory:
@@ -41,15 +41,7 @@ class Contract:
                         continue
                     except (Exception, pytest.fail.Exception) as error:
                         found.append((name, error))
-                        if stop:
-                            return found
         return found
-
-    def caught_by(self, contract):
-        """Return the name of the first test that fails."""
-        found = self.failures(contract, stop=True)
-        assert found, "no test of the contract caught the fault"
-        return found[0][0]
 
 
 @pytest.fixture
