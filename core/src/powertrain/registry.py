@@ -145,7 +145,6 @@ def load(name: str, known: Mapping[str, Installed] | None = None) -> type[Plugin
         names=[name],
         invoke_on_load=False,
         on_load_failure_callback=lambda _manager, _point, error: failures.append(error),
-        warn_on_missing_entrypoint=False,
     )
     found = [ext.plugin for ext in manager.extensions if ext.entry_point.value == entry.target]
     where = f"{entry.target} of {entry.distribution} {entry.version}"
