@@ -16,15 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from powertrain_comm.watchdog.records import Record
+from powertrain_comm.watchdog.records import Kind, Record
 
 SLOT = struct.Struct("<IIII")
 """Order of issue, number along the dimension, and place and length of the description."""
 
+PACK, SLOT_SIZE = SLOT.pack_into, SLOT.size
+
 SLOTS = 64
 """Collectives that are kept."""
 
-TEXT = SLOT.size * SLOTS
+TEXT = SLOT_SIZE * SLOTS
 """Where the descriptions begin."""
 
 SIZE = 1 << 18
@@ -42,27 +44,26 @@ class BlackBox:
             self._map = mmap.mmap(descriptor, SIZE)
         finally:
             os.close(descriptor)
-        self._known: dict[object, tuple[int, int]] = {}
+        self._page = 1
         self._end = TEXT
         self._order = 0
 
     def write(self, record: Record) -> None:
         """Keep a collective that is about to start."""
-        key = (record.operation, record.dimension, record.shape, record.dtype, record.label, record.site)
-        place = self._known.get(key)
-        if place is None:
-            place = self._known[key] = self._describe(record)
-        self._order += 1
-        SLOT.pack_into(self._map, self._order % SLOTS * SLOT.size, self._order, record.number, *place)
+        kind = record.kind
+        if kind.page != self._page:
+            self._describe(kind)
+        self._order = order = self._order + 1
+        PACK(self._map, order % SLOTS * SLOT_SIZE, order, record.number, kind.start, kind.length)
 
-    def _describe(self, record: Record) -> tuple[int, int]:
-        text = json.dumps({**record.facts(record.started), "waiting": False}).encode()[: SIZE - TEXT]
+    def _describe(self, kind: Kind) -> None:
+        text = json.dumps(kind.facts()).encode()[: SIZE - TEXT]
         if self._end + len(text) > SIZE:
-            self._known.clear()
+            self._page += 1
             self._end = TEXT
-        start, self._end = self._end, self._end + len(text)
-        self._map[start : self._end] = text
-        return start, len(text)
+        kind.page, kind.start, kind.length = self._page, self._end, len(text)
+        self._end += len(text)
+        self._map[kind.start : self._end] = text
 
     def close(self) -> None:
         """Remove the file; closing twice does nothing."""
@@ -79,10 +80,10 @@ def read(path: str) -> dict[str, Any] | None:
     slots = sorted(SLOT.iter_unpack(data[:TEXT]))
     records, counts = [], {}
     for order, number, start, length in slots:
-        # A description that was overwritten since is no JSON, or one of another number.
+        # A description that was overwritten since is no JSON.
         with contextlib.suppress(ValueError):
             if order:
-                facts = {**json.loads(data[start : start + length]), "number": number}
+                facts = {**json.loads(data[start : start + length]), "number": number, "age": 0.0, "waiting": False}
                 records.append(facts)
                 if facts["operation"] not in ("send", "receive"):
                     counts[facts["dimension"]] = number

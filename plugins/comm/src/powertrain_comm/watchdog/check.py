@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from powertrain.errors import CollectiveDiverged
 from powertrain.mesh import Mesh
 from powertrain_comm.watchdog.board import Board
-from powertrain_comm.watchdog.diagnosis import POINT_TO_POINT
 from powertrain_comm.watchdog.records import Record
 
 KEPT = 2
@@ -32,13 +29,14 @@ class CrossCheck:
         Raises:
             CollectiveDiverged: another rank is about to issue something else.
         """
-        if record.operation in POINT_TO_POINT:
+        kind = record.kind
+        if not kind.joint:
             return
-        peers = self._mesh.peers(record.dimension)
-        place = f"check/{record.dimension}/{peers[0]}"
-        facts = record.facts(time.monotonic())
+        peers = self._mesh.peers(kind.dimension)
+        place = f"check/{kind.dimension}/{peers[0]}"
+        facts = kind.facts()
         what = [facts[key] for key in ("operation", "dimension", "shape", "dtype", "reduction")]
-        if record.operation == "all_to_all":
+        if kind.operation == "all_to_all":
             what[2] = facts["shape"][1:]  # uneven exchanges differ in length
         self._board.write(f"{place}/{record.number}/{self._mesh.rank}", [what, facts["label"], facts["site"]])
         notes = {rank: self._board.await_note(f"{place}/{record.number}/{rank}") for rank in peers}
@@ -47,7 +45,7 @@ class CrossCheck:
         if any(note[0] != what for note in notes.values()):
             told = "; ".join(f"rank {rank}: {_show(*note)}" for rank, note in notes.items())
             raise CollectiveDiverged(
-                f"ranks are about to issue different collectives at #{record.number} along {record.dimension!r}",
+                f"ranks are about to issue different collectives at #{record.number} along {kind.dimension!r}",
                 where=facts["site"],
                 found=told,
             )

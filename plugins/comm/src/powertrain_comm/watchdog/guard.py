@@ -198,8 +198,8 @@ class Guard:
 
     def _differs(self, board: Board, oldest: Record) -> bool:
         """Return whether a neighbour did something else at the same place."""
-        if oldest.dimension == WORLD or oldest.dimension in self._mesh.sizes:
-            peers = self._mesh.peers(oldest.dimension)
+        if oldest.kind.joint:
+            peers = self._mesh.peers(oldest.kind.dimension)
             start = peers.index(self._rank)
             near = [peers[(start + i) % len(peers)] for i in range(min(len(peers), NEIGHBOURS + 1))]
             notes = board.read_all("state", near)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 
 import torch
@@ -15,44 +15,45 @@ from powertrain_comm.watchdog.sites import Site, SiteFinder, show
 KEPT = 256
 """Collectives that are remembered."""
 
+KINDS = 4096
+"""Kinds of collectives that are remembered, before all are forgotten and met anew."""
 
-class Record:
-    """One collective that this rank issued; it keeps no tensor alive.
+
+class Kind:
+    """What all occurrences of one collective, at one place in the code, have in common; it keeps no tensor alive.
 
     Attributes:
-        number: counted from 1 along its dimension (for send and receive: per peer).
-        started: seconds on the monotonic clock.
-        finished: whether it is over, as far as is known.
-        handle: the inner handle while it is pending.
+        page: which filling of the black box describes it; 0 for none.
+        start: where there.
+        length: how long, in bytes.
     """
 
     __slots__ = (
-        "dimension", "dtype", "finished", "handle", "label", "number", "operation", "peer", "reduction", "shape",
-        "site", "started",
+        "dimension", "dtype", "label", "length", "operation", "page", "peer", "reduction", "shape", "site", "start",
     )  # fmt: skip
 
-    def __init__(self, number: int, collective: Collective, site: Site) -> None:
-        tensor = collective.input
-        if tensor is None:
-            tensor = collective.output
-        self.number = number
+    def __init__(
+        self, collective: Collective, shape: Sequence[int] | None, dtype: torch.dtype | None, site: Site
+    ) -> None:
         self.operation = collective.operation
         self.dimension = collective.dimension
         self.peer = collective.peer
         self.reduction = collective.reduction
         self.label = collective.label
+        self.shape: Sequence[int] = () if shape is None else shape
+        self.dtype = dtype
         self.site = site
-        self.shape: Sequence[int] = () if tensor is None else tensor.shape
-        self.dtype: torch.dtype | None = None if tensor is None else tensor.dtype
-        self.started = time.monotonic()
-        self.finished = False
-        self.handle: Handle | None = None
+        self.page = self.start = self.length = 0
 
-    def facts(self, now: float) -> dict[str, Any]:
+    @property
+    def joint(self) -> bool:
+        """Whether all ranks along the dimension take part."""
+        return self.operation not in ("send", "receive")
+
+    def facts(self) -> dict[str, Any]:
         """Return it as JSON."""
         reduces = self.operation in ("all_reduce", "reduce_scatter")
         return {
-            "number": self.number,
             "operation": self.operation,
             "dimension": self.dimension,
             "peer": self.peer,
@@ -61,9 +62,32 @@ class Record:
             "reduction": self.reduction if reduces else "",
             "label": self.label,
             "site": show(self.site),
-            "age": round(now - self.started, 1),
-            "waiting": not self.finished,
         }
+
+
+class Record:
+    """One collective that this rank issued.
+
+    Attributes:
+        number: counted from 1 along its dimension (for send and receive: per peer).
+        started: seconds on the monotonic clock.
+        finished: whether it is over, as far as is known.
+        handle: the inner handle while it is pending.
+    """
+
+    __slots__ = ("finished", "handle", "kind", "number", "started")
+
+    def __init__(self, number: int, kind: Kind) -> None:
+        self.number = number
+        self.kind = kind
+        self.started = monotonic()
+        self.finished = False
+        self.handle: Handle | None = None
+
+    def facts(self, now: float) -> dict[str, Any]:
+        """Return it as JSON."""
+        age = round(now - self.started, 1)
+        return {**self.kind.facts(), "number": self.number, "age": age, "waiting": not self.finished}
 
 
 class Ledger:
@@ -75,17 +99,33 @@ class Ledger:
     def __init__(self) -> None:
         self.sites = SiteFinder()
         self.begun = 0
+        self._kinds: dict[object, Kind] = {}
         self._counts: dict[object, int] = {}
         self._recent: deque[Record] = deque(maxlen=KEPT)
         self._pending: deque[Record] = deque()
 
-    def begin(self, collective: Collective, depth: int = 1) -> Record:
-        """Record a collective that the frame ``depth`` above the caller issues."""
-        key: object = collective.dimension
-        if collective.operation in ("send", "receive"):
-            key = (collective.operation, collective.dimension, collective.peer)
-        number = self._counts[key] = self._counts.get(key, 0) + 1
-        record = Record(number, collective, self.sites.find(depth + 1))
+    def begin(self, collective: Collective) -> Record:
+        """Record a collective that the caller's caller issues."""
+        tensor = collective.output if collective.input is None else collective.input
+        shape = dtype = None
+        if tensor is not None:
+            shape, dtype = tensor.shape, tensor.dtype
+        operation, dimension, peer, label = (
+            collective.operation,
+            collective.dimension,
+            collective.peer,
+            collective.label,
+        )
+        site = self.sites.find(2)
+        key = (operation, dimension, peer, collective.reduction, label, shape, dtype, site)
+        kind = self._kinds.get(key)
+        if kind is None:
+            if len(self._kinds) >= KINDS:
+                self._kinds.clear()
+            kind = self._kinds[key] = Kind(collective, shape, dtype, site)
+        series: object = dimension if kind.joint else (operation, dimension, peer)
+        number = self._counts[series] = self._counts.get(series, 0) + 1
+        record = Record(number, kind)
         pending = self._pending
         while pending and pending[0].finished:
             pending.popleft()
@@ -107,7 +147,7 @@ class Ledger:
 
     def state(self, last: int = KEPT) -> dict[str, Any]:
         """Return the last records and what the main thread does, as JSON."""
-        now = time.monotonic()
+        now = monotonic()
         recent = list(self._recent.copy())[-last:]
         shown = {id(record) for record in recent}
         waiting = [record for record in self._pending.copy() if not record.finished and id(record) not in shown]
