@@ -51,6 +51,15 @@ def test_script_sees_what_python_would_give_it(powertrain, script, environ):
     assert launched.stdout == plain.stdout
 
 
+def test_shared_cores_are_told_unless_silence_is_wanted(powertrain, script, environ):
+    """Setting OMP_NUM_THREADS costs one line, and none with POWERTRAIN_LOG=error."""
+    environ.pop("OMP_NUM_THREADS")
+    path = script("pass")
+    told = powertrain("launch", "--nproc", "2", path).stderr.splitlines()
+    assert len(told) == 1 and "OMP_NUM_THREADS=" in told[0]
+    assert powertrain("launch", "--nproc", "2", path, POWERTRAIN_LOG="error").stderr == ""
+
+
 def test_module(powertrain, script):
     """--module runs a module of the working directory as `python -m` does."""
     path = Path(script("import sys; print(__name__, sys.argv[1:])", "trainer.py"))

@@ -45,6 +45,7 @@ def doctor(as_json: bool, directory: str | None, time_limit: float) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(lambda probe: _ask(probe, deadline), _probes(directory)))
     checks = [check for answer in answers for check in answer]
+    checks.sort(key=lambda check: check.area not in ("versions", "system"))  # what everyone asks for first
     if as_json:
         click.echo(json.dumps(_document(checks), indent=2))
     else:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
+_log = logging.getLogger("powertrain.launch")
+
 
 @click.command(
     context_settings={"allow_interspersed_args": False},
@@ -92,7 +94,7 @@ def launch(
         return 0
     if "OMP_NUM_THREADS" in plan.variables:
         threads = plan.variables["OMP_NUM_THREADS"]
-        click.echo(f"OMP_NUM_THREADS={threads} for each of {processes} ranks ({cores()} cores)", err=True)
+        _log.info("OMP_NUM_THREADS=%s for each of %d ranks (%d cores)", threads, processes, cores())
     return _run(plan, quiet=not verbose and environment.log_level() != "debug")
 
 
