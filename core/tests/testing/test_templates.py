@@ -1,0 +1,93 @@
+"""``powertrain plugins new``: what it writes works as it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from powertrain.cli.plugin_new import ROLES, new, write
+from powertrain.errors import PluginConflict, PluginError
+
+
+def run(*command, **variables):
+    """Run a Python module in a new process."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", sorted(ROLES))
+def test_the_template_builds_installs_and_conforms(tmp_path, role):
+    """A new plugin of each role builds, installs, and passes the conformance suite and its own tests."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    write(f"my-{role}", role, source)
+    flags = ("--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--disable-pip-version-check")
+    installed = run("pip", "install", *flags, "--target", site, source)
+    assert installed.returncode == 0, installed.stderr
+
+    suite = run("powertrain.cli", "plugins", "test", f"my-{role}", "--json", PYTHONPATH=str(site))
+    assert suite.returncode == 0, suite.stdout + suite.stderr
+    results = {result["role"]: result for result in json.loads(suite.stdout)}
+    assert results.keys() == {"plugin", role}
+    for result in results.values():
+        assert result["passed"] > 5
+        assert result["failed"] == 0
+
+    own = run("pytest", "-q", "-p", "no:cacheprovider", "--rootdir", source, source / "tests", PYTHONPATH=str(site))
+    assert own.returncode == 0, own.stdout
+
+
+def test_the_command_writes_a_package(tmp_path, monkeypatch):
+    """The command writes below the working directory and lists what it wrote."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(new, ["cool-device", "--role", "accelerator"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "powertrain-cool-device/src/powertrain_cool_device/plugin.py").is_file()
+    assert "pip install -e 'powertrain-cool-device[test]'" in result.output
+    for path in (tmp_path / "powertrain-cool-device").rglob("*"):
+        if path.is_file():
+            assert "$" not in path.read_text().replace("$ pip", "").replace("$ powertrain", "").replace("$ pytest", "")
+
+
+@pytest.mark.parametrize("name", ["Cool", "1st", "a b", "a_b", "-x", "x-", "", "../up", "run", "checkpoint"])
+def test_bad_names_are_refused(tmp_path, name):
+    """A name that cannot be a section, or is the core's, is refused before anything is written."""
+    with pytest.raises(PluginError, match="cannot be the name of a plugin"):
+        write(name, "sampler", tmp_path / "place")
+    assert not (tmp_path / "place").exists()
+
+
+def test_a_taken_name_is_refused(tmp_path, monkeypatch):
+    """A name that an installed plugin has is refused, with the distribution that has it."""
+    from powertrain import registry
+
+    taken = registry.Installed(
+        name="taken",
+        target="m:C",
+        distribution="somebody",
+        version="1",
+        summary="",
+        author="",
+        roles=frozenset(),
+    )
+    monkeypatch.setattr(registry, "installed", lambda: {"taken": taken})
+    with pytest.raises(PluginConflict, match="by somebody"):
+        write("taken", "sampler", tmp_path / "place")
+
+
+def test_a_full_directory_is_refused(tmp_path):
+    """Nothing is written over files that are there."""
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(PluginError, match="not empty"):
+        write("fresh", "sampler", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
