@@ -1,0 +1,3 @@
+"""An accelerator by somebody else."""
+
+__version__ = "0.1.0"
