@@ -81,10 +81,12 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def environ() -> dict[str, str]:
-    """The environment without anything that would steer the command."""
+def environ(tmp_path: Path) -> dict[str, str]:
+    """The environment without anything that would steer the command; temporary files lie below the test's own."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("POWERTRAIN", "PYTEST", "COV_", "NO_COLOR"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::ResourceWarning"}
+    return {**kept, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::ResourceWarning"}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -129,6 +130,25 @@ def test_narrow_and_plain_terminals(powertrain):
     done = powertrain("plugins", PYTHONIOENCODING="ascii", COLUMNS="20", NO_COLOR="1", TERM="dumb")
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("columns", [30, 200])
+def test_table_on_a_terminal(environ, columns):
+    """A terminal shows every plugin, in columns or, where it is too narrow for them, one below the other."""
+    main, terminal = os.openpty()
+    command = [sys.executable, "-m", "powertrain.cli", "doctor", "--time-limit", "0.1"]
+    with subprocess.Popen(
+        command, stdout=terminal, env={**environ, "TERM": "xterm", "COLUMNS": str(columns)}
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other side closed
+            while chunk := os.read(main, 4096):
+                shown += chunk
+    os.close(main)
+    assert process.returncode == 0
+    assert (b"AREA" in shown) == (columns == 200)
+    assert b"\x1b[1;31mfail" in shown
 
 
 def test_help_imports_neither_torch_nor_the_commands(environ):

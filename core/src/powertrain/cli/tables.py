@@ -23,6 +23,12 @@ def echo_table(rows: Iterable[Sequence[str]], headers: Sequence[str], styles: Ma
         headers: the columns' names.
         styles: rich style by the exact text of a cell.
     """
+    lines = [list(row) for row in rows]
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
+        for line in [headers, *lines]:
+            click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -30,15 +36,9 @@ def echo_table(rows: Iterable[Sequence[str]], headers: Sequence[str], styles: Ma
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for header in headers:
         table.add_column(header, overflow="fold")
-    cells = [[Text(cell, style=(styles or {}).get(cell, "")) for cell in row] for row in rows]
+    cells = [[Text(cell, style=(styles or {}).get(cell, "")) for cell in line] for line in lines]
     for row in cells:
         table.add_row(*row)
-    if not sys.stdout.isatty():
-        wide = Console(width=10_000, color_system=None)
-        with wide.capture() as captured:
-            wide.print(table)
-        click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
-        return
     console = Console(file=sys.stdout)
     if console.width >= MIN_COLUMN * len(headers):
         console.print(table)
