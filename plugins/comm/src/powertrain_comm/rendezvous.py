@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
 
 # torch lists these two as backends, but they move no data.
 NO_TRANSPORT = frozenset({"undefined", "fake"})
+
+LINGER = 5.0
+"""Seconds that a closing rank waits, at most, for the others."""
+
+PAUSE = 0.01
+"""Seconds between two looks whether the others have come."""
+
+HEAD_START = 0.1
+"""Seconds that rank 0 has to take the store down, before the others can ask for the next one."""
 
 
 def choose_backend(name: str | None, accelerator: Accelerator) -> str | None:
@@ -51,16 +62,19 @@ class Lease(weakref.ref["dist.ProcessGroup"]):
     kept beside it. The group ends with the last claim, unless the user made it.
     """
 
-    __slots__ = ("held", "ours")
+    __slots__ = ("held", "ours", "store")
 
     ours: bool
     held: bool
+    store: PrefixStore | None
 
     @classmethod
-    def take(cls, group: dist.ProcessGroup, *, created: bool) -> Lease:
-        """Claim ``group``, which this communicator ``created`` or found."""
+    def take(cls, group: dist.ProcessGroup, *, created: bool, store: PrefixStore | None = None) -> Lease:
+        """Claim ``group``, which this communicator ``created`` by means of ``store``, or found."""
+        others = cls.holders(group)
         lease = cls(group)
-        lease.ours = created or any(other.ours for other in cls.holders(group))
+        lease.ours = created or any(other.ours for other in others)
+        lease.store = next((other.store for other in others if other.store is not None), store)
         lease.held = True
         return lease
 
@@ -69,12 +83,21 @@ class Lease(weakref.ref["dist.ProcessGroup"]):
         """Return the live claims on ``group``."""
         return [ref for ref in weakref.getweakrefs(group) if isinstance(ref, cls) and getattr(ref, "held", False)]
 
-    def release(self) -> None:
-        """Give the claim up; the last one of a group that we made destroys it."""
+    def release(self, *, peacefully: bool) -> None:
+        """Give the claim up; the last one of a group that we made destroys it.
+
+        Args:
+            peacefully: wait, a few seconds at most, until the others have come as far.
+        """
         self.held = False
         group = self()
-        if group is not None and self.ours and not self.holders(group) and dist.is_initialized():
-            dist.destroy_process_group()
+        if group is None or not self.ours or self.holders(group) or not dist.is_initialized():
+            return
+        rank, size = dist.get_rank(), dist.get_world_size()
+        dist.destroy_process_group()
+        if peacefully and self.store is not None:
+            _part(self.store, rank, size)
+        self.store = None
 
 
 def join(backend: str, rank: Rank, timeout: float) -> tuple[Lease, bool]:
@@ -115,7 +138,21 @@ def join(backend: str, rank: Rank, timeout: float) -> tuple[Lease, bool]:
             found=str(error).splitlines()[0],
             remedy="check that all ranks were started, and that MASTER_ADDR and MASTER_PORT name a free port of rank 0",
         ) from error
-    return Lease.take(_world(), created=True), True
+    return Lease.take(_world(), created=True, store=scope), True
+
+
+def _part(store: PrefixStore, rank: int, size: int) -> None:
+    """Leave the store together: ranks that meet again at once must not find the old one of a slow rank 0."""
+    deadline = time.monotonic() + LINGER
+    with contextlib.suppress(RuntimeError):  # a rank that died took the store along, or is not waited for
+        store.add("arrived", 1)
+        while store.add("arrived", 0) < size and time.monotonic() < deadline:
+            time.sleep(PAUSE)
+        store.add("parted", 1)
+        while rank == 0 and store.add("parted", 0) < size and time.monotonic() < deadline:
+            time.sleep(PAUSE)
+    if rank != 0:
+        time.sleep(HEAD_START)
 
 
 def _world() -> dist.ProcessGroup:

@@ -113,6 +113,7 @@ class TorchCommunicator(Communicator):
         self._made: list[dist.ProcessGroup] = []
         self._groups = self._make_groups(timedelta(seconds=timeout), reuse_world=fresh)
         self._open = True
+        self._failed = False
 
     def _make_groups(self, timeout: timedelta, *, reuse_world: bool) -> dict[str, Group | None]:
         """Make the groups of every dimension, in one order on all ranks; a dimension of one has none."""
@@ -184,6 +185,10 @@ class TorchCommunicator(Communicator):
         outputs = [part.output for part in batch if part.output is not None] if averaging else []
         return TorchHandle(work, batch, (outputs, len(group.ranks)), self.rank)
 
+    def report(self, error: BaseException) -> None:
+        """Remember the failure: ``close`` then waits for nobody."""
+        self._failed = True
+
     def describe(self) -> dict[str, str]:
         """Return the library, its version and the groups."""
         sizes = {name: len(group.ranks) for name, group in self._groups.items() if group is not None}
@@ -204,7 +209,7 @@ class TorchCommunicator(Communicator):
         self._groups.clear()
         while self._made:
             dist.destroy_process_group(self._made.pop())
-        self._lease.release()
+        self._lease.release(peacefully=not self._failed)
 
 
 def _check(collective: Collective) -> None:

@@ -81,6 +81,7 @@ class Guard:
         self._timeout = timeout
         self._box = box
         self._boxes = boxes
+        self._process = os.getpid()  # a forked child inherits the hooks, but not the thread
         self._rank = mesh.rank
         self._ranks = mesh.peers(WORLD)
         self._wake = threading.Event()
@@ -102,6 +103,8 @@ class Guard:
 
     def explain(self, error: CommunicationError) -> CommunicationError:
         """Return why the run ends, as far as the other ranks can tell, or ``error`` itself."""
+        if self._stop.is_set():
+            return error
         self._trouble = error
         self._wake.set()
         self._decided.wait(ANSWER + GRACE + 2 * UNWINDING)
@@ -109,8 +112,10 @@ class Guard:
 
     def report(self, error: BaseException) -> None:
         """Tell the others that this rank failed, and wait until they know; the first report counts."""
-        if self._own_error.is_set() or self._stop.is_set():
+        if self._own_error.is_set() or self._stop.is_set() or os.getpid() != self._process:
             return
+        if isinstance(error, SystemExit) and not error.code:
+            return  # sys.exit() is no failure
         self._own_error.set()
         with contextlib.suppress(BoardLost):
             won, _ = self._desk.first("verdict", attrs.asdict(raised(self._rank, error)))
@@ -121,7 +126,7 @@ class Guard:
 
     def close(self) -> None:
         """Stop watching; closing twice does nothing."""
-        if self._stop.is_set():
+        if self._stop.is_set() or os.getpid() != self._process:
             return
         self._stop.set()
         self._wake.set()
@@ -192,7 +197,8 @@ class Guard:
             board.write(f"answer/{number}/{self._rank}", self._ledger.state())
         if self._rank != HOST and board.read(f"left/{HOST}"):
             # The host goes in peace: keep what is known, and let it.
-            self._heard = self._states(board, number)
+            known = self._states(board, number)
+            self._heard = {r: attrs.evolve(state, answered=not state.left) for r, state in known.items()}
             self._board = None
             self._release(board)
 

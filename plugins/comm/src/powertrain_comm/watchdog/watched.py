@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from powertrain.errors import CommunicationError
 from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
@@ -17,12 +17,14 @@ from powertrain_comm.watchdog.records import Ledger, Record
 class WatchedHandle:
     """A handle whose failure is explained by the other ranks."""
 
-    __slots__ = ("_guard", "_inner", "_records")
+    __slots__ = ("_explain", "_inner", "_records")
 
-    def __init__(self, inner: Handle, records: Sequence[Record], guard: Guard) -> None:
+    def __init__(
+        self, inner: Handle, records: Sequence[Record], explain: Callable[[CommunicationError], CommunicationError]
+    ) -> None:
         self._inner = inner
         self._records = records
-        self._guard = guard
+        self._explain = explain
 
     def wait(self) -> None:
         """Return when the result may be read and the inputs reused.
@@ -37,8 +39,7 @@ class WatchedHandle:
         except CommunicationError as error:
             for record in self._records:
                 record.finished, record.handle = False, None  # what failed is what this rank was doing
-            reason = self._guard.explain(error)
-            raise reason from (error.__cause__ if reason is error else None)
+            raise self._explain(error) from None
         if self._inner.done():
             for record in self._records:
                 record.finished, record.handle = True, None
@@ -95,14 +96,19 @@ class WatchedCommunicator(WrappedCommunicator):
             )
         except BaseException as error:
             if isinstance(error, CommunicationError):
-                reason = self._guard.explain(error)
-                raise reason from (error.__cause__ if reason is error else None)
+                raise self._explained(error) from None
             for record in records:
                 record.finished = True
             raise
         for record in records:
             record.handle = inner
-        return WatchedHandle(inner, records, self._guard)
+        return WatchedHandle(inner, records, self._explained)
+
+    def _explained(self, error: CommunicationError) -> CommunicationError:
+        """Return what the other ranks make of a failure; its text holds what the library said."""
+        reason = self._guard.explain(error)
+        self.inner.report(reason)
+        return reason
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks that this one failed: they print its traceback and end."""
