@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from powertrain.cli.plugin_new import ROLES, new, write
 from powertrain.errors import PluginConflict, PluginError
+from powertrain.testing.checkpoint import CheckpointStoreContract
 
 
 def run(*command, **variables):
@@ -45,6 +47,21 @@ def test_the_template_builds_installs_and_conforms(tmp_path, role):
 
     own = run("pytest", "-q", "-p", "no:cacheprovider", "--rootdir", source, source / "tests", PYTHONPATH=str(site))
     assert own.returncode == 0, own.stdout
+
+
+def test_a_store_without_checksums_is_caught(tmp_path, monkeypatch, contract):
+    """The template's store with its checksums switched off loads damaged bytes, and the contract sees it."""
+    write("files", "checkpoint", tmp_path / "source")
+    monkeypatch.syspath_prepend(str(tmp_path / "source" / "src"))
+    module = importlib.import_module("powertrain_files.checkpoint")
+
+    class Suite(CheckpointStoreContract):
+        def make(self, directory, communicator):
+            return module.FilesStore(directory, communicator)
+
+    assert contract.failures(Suite, "test_damage_is_never_loaded") == []
+    monkeypatch.setattr(module, "checksum", lambda data: "")
+    assert contract.failures(Suite, "test_damage_is_never_loaded")
 
 
 def test_the_command_writes_a_package(tmp_path, monkeypatch):

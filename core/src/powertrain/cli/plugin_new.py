@@ -37,6 +37,11 @@ ROLES: Mapping[str, Role] = {
         'Choose it with `[accelerator] use = "$name"`.',
         ("powertrain-accelerator",),
     ),
+    "checkpoint": Role(
+        "A place where Powertrain keeps checkpoints.",
+        'Where another store is installed too, choose it with `[plugins] pin = { make_checkpoint_store = "$name" }`.',
+        ("powertrain-checkpoint",),
+    ),
     "communicator": Role(
         "A wrapper around what connects Powertrain's ranks.",
         "Switch it on with a section `[$name]`.",
