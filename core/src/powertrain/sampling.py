@@ -21,6 +21,8 @@ class EpochSampler(Sampler):
     ranks. The incomplete batch at an epoch's end is left out.
     """
 
+    kind = "epoch"
+
     def __init__(self, length: int, sizes: BatchSizes, data_rank: int, data_size: int, seed: int) -> None:
         if length < sizes.total:
             product = f"micro {sizes.micro} x accumulation {sizes.accumulation} x {data_size} ranks"
@@ -47,22 +49,43 @@ class EpochSampler(Sampler):
     def advance(self) -> None:
         """Count one batch as taken."""
         self.consumed += self.sizes.total
-        if self.consumed + self.sizes.total > self.length:
-            self.epoch, self.consumed = self.epoch + 1, 0
+        self._roll_over()
 
     def state(self) -> dict[str, Any]:
-        """Return epoch and samples taken in it."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "length": self.length, "seed": self.seed}
+        """Return epoch and samples taken in it, and what the order depends on."""
+        return {
+            "kind": self.kind,
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "length": self.length,
+            "seed": self.seed,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``, on any number of ranks."""
-        if state["length"] != self.length:
-            raise DataError(
-                "the checkpoint's sampler position belongs to another dataset",
-                expected=f"{state['length']} samples",
-                found=f"{self.length} samples",
-            )
-        self.epoch, self.consumed, self.seed = state["epoch"], state["consumed"], state["seed"]
+        """Continue from ``state``, on any number of ranks and with any batch sizes.
+
+        Raises:
+            DataError: the state is of another dataset, seed or kind of sampler.
+        """
+        for key, own, remedy in (
+            ("kind", self.kind, "train with the sampler that the checkpoint was made with"),
+            ("length", self.length, "use the dataset of the checkpoint"),
+            ("seed", self.seed, f"set `[run] seed = {state.get('seed')}` to continue the order of the checkpoint"),
+        ):
+            if state.get(key) != own:
+                raise DataError(
+                    f"the saved position belongs to another order of samples: its {key} differs",
+                    expected=f"{key} = {state.get(key)}",
+                    found=f"{key} = {own}",
+                    remedy=remedy,
+                )
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self._roll_over()
+
+    def _roll_over(self) -> None:
+        """Begin the next epoch when what is left of this one fills no global batch."""
+        if self.consumed + self.sizes.total > self.length:
+            self.epoch, self.consumed = self.epoch + 1, 0
         if self.consumed + self.sizes.total > self.length:
             self.epoch, self.consumed = self.epoch + 1, 0
 
@@ -90,7 +113,10 @@ class Loader:
     def __init__(self, dataset: Dataset[Any], sampler: Sampler, collate_fn: Callable[..., Any] | None) -> None:
         self.dataset = dataset
         self.sampler = sampler
-        self._loader = DataLoader(dataset, batch_sampler=_Order(sampler), collate_fn=collate_fn)
+        # Each epoch torch draws a seed for workers; from a generator of its own, so that dropout is left alone.
+        self._loader = DataLoader(
+            dataset, batch_sampler=_Order(sampler), collate_fn=collate_fn, generator=torch.Generator()
+        )
 
     def __len__(self) -> int:
         return len(self.sampler)

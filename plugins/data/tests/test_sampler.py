@@ -187,9 +187,12 @@ def test_a_position_that_means_something_else_is_refused(change: dict[str, Any],
 
 
 def test_a_position_of_another_sampler_is_refused() -> None:
-    """A state without one of the fields says which, and that another sampler wrote it."""
+    """A state that another kind of sampler wrote is refused, even where all fields are there."""
     (sampler,) = Layout(1, 4, 1).samplers(50, 0)
-    with pytest.raises(DataError, match="no 'shuffle': another sampler"):
+    with pytest.raises(DataError, match="another sampler wrote it") as caught:
+        sampler.load_state({**sampler.state(), "kind": "epoch"})
+    assert "kind = epoch" in str(caught.value)
+    with pytest.raises(DataError, match="another sampler wrote it"):
         sampler.load_state({"epoch": 0, "consumed": 8, "length": 50, "seed": 0})
 
 

@@ -56,6 +56,8 @@ class ShuffledSampler(Sampler):
         DataError: the dataset is shorter than one global batch.
     """
 
+    kind = "shuffled"
+
     def __init__(
         self, length: int, sizes: BatchSizes, *, data_rank: int, data_size: int, seed: int, shuffle: bool = True
     ) -> None:
@@ -92,6 +94,7 @@ class ShuffledSampler(Sampler):
     def state(self) -> dict[str, Any]:
         """Return the epoch, the samples taken in it, and what the order depends on."""
         return {
+            "kind": self.kind,
             "epoch": self.epoch,
             "consumed": self.consumed,
             "length": self.length,
@@ -107,29 +110,28 @@ class ShuffledSampler(Sampler):
         Raises:
             DataError: the state is of another dataset, order or sampler.
         """
-        try:
-            saved = {key: state[key] for key in ("length", "seed", "shuffle", "epoch", "consumed")}
-        except KeyError as missing:
+        if state.get("kind") != self.kind:
             raise DataError(
-                f"the saved position has no {missing}: another sampler wrote it",
-                found=", ".join(sorted(state)),
+                "the saved position belongs to another order: another sampler wrote it",
+                expected=f"kind = {state.get('kind')}",
+                found=f"kind = {self.kind}",
                 remedy="train with the sampler the checkpoint was made with: add or remove the section [data]",
-            ) from None
+            )
         for key, words in (
             ("length", "the saved position belongs to another dataset: the number of samples differs"),
             ("seed", "the saved position belongs to another order: the seed differs"),
             ("shuffle", "the saved position belongs to another order: shuffling differs"),
         ):
-            if saved[key] != getattr(self, key):
+            if state[key] != getattr(self, key):
                 raise DataError(
                     words,
-                    expected=f"{key} = {saved[key]}",
+                    expected=f"{key} = {state[key]}",
                     found=f"{key} = {getattr(self, key)}",
                     remedy="use the dataset of the checkpoint"
                     if key == "length"
-                    else f"set `[data] {key} = {str(saved[key]).lower()}` to continue the order of the checkpoint",
+                    else f"set `[data] {key} = {str(state[key]).lower()}` to continue the order of the checkpoint",
                 )
-        self.epoch, self.consumed = saved["epoch"], saved["consumed"]
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
         self._roll_over()
 
     def _roll_over(self) -> None:
