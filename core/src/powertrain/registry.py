@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pluggy
@@ -140,13 +140,17 @@ def load(name: str, known: Mapping[str, Installed] | None = None) -> type[Plugin
             remedy=f'uninstall all but one, or choose: [plugins] pin = {{ {name} = "{entry.distribution}" }}',
         )
     failures: list[BaseException] = []
-    manager = NamedExtensionManager(
-        GROUP,
-        names=[name],
-        invoke_on_load=False,
-        on_load_failure_callback=lambda _manager, _point, error: failures.append(error),
-    )
-    found = [ext.plugin for ext in manager.extensions if ext.entry_point.value == entry.target]
+    found: list[Any] = []
+    try:
+        manager: Any = NamedExtensionManager(
+            GROUP,
+            names=[name],
+            invoke_on_load=False,
+            on_load_failure_callback=lambda _manager, _point, error: failures.append(error),
+        )
+        found = [ext.plugin for ext in manager.extensions if ext.entry_point.value == entry.target]
+    except (AssertionError, SystemExit) as error:  # stevedore lets these two through
+        failures.append(error)
     where = f"{entry.target} of {entry.distribution} {entry.version}"
     if not found:
         cause = failures[0] if failures else None
@@ -163,27 +167,32 @@ def _checked(name: str, plugin: Any, where: str) -> type[Plugin[Any]]:
             expected="a subclass of powertrain.Plugin",
             found=repr(plugin),
         )
-    if plugin.api not in (API, API - 1) or plugin.api < 1:
-        newer = plugin.api > API
-        raise PluginIncompatible(
-            f"plugin {name!r} is written for plugin API {plugin.api}",
-            where=where,
-            expected=f"API {API}" + (f" or {API - 1}" if API > 1 else ""),
-            remedy="upgrade powertrain-core" if newer else "upgrade the plugin's distribution",
-        )
+    _check_declarations(plugin, where)
     if plugin.name != name:
         raise PluginBroken(
             f"the entry point {name!r} leads to a plugin that calls itself {plugin.name!r}",
             where=where,
             remedy="give the entry point and the class the same name",
         )
+    return plugin
+
+
+def _check_declarations(plugin: type[Plugin[Any]], where: str) -> None:
+    """Check what a plugin class says of itself, before anything of it runs."""
+    if plugin.api not in (API, API - 1) or plugin.api < 1:
+        newer = isinstance(plugin.api, int) and plugin.api > API
+        raise PluginIncompatible(
+            f"plugin {plugin.name!r} is written for plugin API {plugin.api}",
+            where=where,
+            expected=f"API {API}" + (f" or {API - 1}" if API > 1 else ""),
+            remedy="upgrade powertrain-core" if newer else "upgrade the plugin's distribution",
+        )
     if "transform_model" in hooks_of(plugin) and plugin.phase is None:
         raise HookInvalid(
-            f"plugin {name!r} transforms the model but declares no phase",
+            f"plugin {plugin.name!r} transforms the model but declares no phase",
             where=where,
             expected="a class attribute `phase = Phase.…`",
         )
-    return cast("type[Plugin[Any]]", plugin)
 
 
 def hooks_of(plugin: type[Plugin[Any]] | Plugin[Any]) -> list[str]:
@@ -267,6 +276,8 @@ class Registry:
         """Register one more plugin, after those that are there."""
         if plugin.name in self.plugins:
             raise PluginConflict(f"two plugins are called {plugin.name!r}")
+        where = f"{type(plugin).__module__}.{type(plugin).__qualname__}"
+        _check_declarations(type(plugin), where)
         try:
             self._manager.register(plugin, name=plugin.name)
             self._manager.check_pending()
@@ -277,12 +288,12 @@ class Registry:
             if unknown is not None:
                 raise HookInvalid(
                     f"plugin {plugin.name!r} implements a hook that does not exist: {unknown}",
-                    where=f"{type(plugin).__module__}.{type(plugin).__qualname__}.{unknown}",
+                    where=f"{where}.{unknown}",
                     remedy=f"known hooks: {', '.join(specs)}{did_you_mean(unknown, specs)}",
                 ) from error
             raise HookInvalid(
                 f"a hook of plugin {plugin.name!r} does not match its specification",
-                where=f"{type(plugin).__module__}.{type(plugin).__qualname__}",
+                where=where,
                 found=" ".join(str(error).split()),
             ) from error
         self.plugins[plugin.name] = plugin
@@ -293,12 +304,9 @@ class Registry:
 
     def answers(self, hook: str, /, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """Ask each plugin in turn; yield the name and the answer of those that give one."""
-        for name, plugin in list(self.plugins.items()):
-            if hook not in hooks_of(plugin):
-                continue
-            others = [other for other in self.plugins.values() if other is not plugin]
-            caller = self._manager.subset_hook_caller(hook, others)
-            for answer in caller(**arguments):
+        for name in list(self.plugins):
+            answer = self.call(name, hook, **arguments)
+            if answer is not None:
                 yield name, answer
 
     def one(self, hook: str, /, **arguments: Any) -> Any:
@@ -329,8 +337,11 @@ class Registry:
         return sorted(names, key=lambda name: self.plugins[name].phase or 0)
 
     def call(self, plugin: str, hook: str, /, **arguments: Any) -> Any:
-        """Return one plugin's answer to a hook, or None."""
-        return next((answer for who, answer in self.answers(hook, **arguments) if who == plugin), None)
+        """Return one plugin's answer to a hook, or None; no other plugin is asked."""
+        if hook not in hooks_of(self.plugins[plugin]):
+            return None
+        others = [other for name, other in self.plugins.items() if name != plugin]
+        return next(iter(self._manager.subset_hook_caller(hook, others)(**arguments)), None)
 
     def listeners(self, event: str) -> list[Any]:
         """Return the callables of an event, to be called directly from now on."""
@@ -357,12 +368,18 @@ def _trimmed(method: Any) -> Any:
 
 
 def select(
-    config: Config, schemas: Schemas, *, world_size: int, environ: Mapping[str, str] | None = None
+    config: Config,
+    schemas: Schemas,
+    *,
+    world_size: int,
+    given: Iterable[str] = (),
+    environ: Mapping[str, str] | None = None,
 ) -> list[Plugin[Any]]:
     """Construct the plugins of a run: sections first, then required ones, then role providers.
 
-    A role provider that nothing names and that is broken costs a warning, not
-    the run (``POWERTRAIN_STRICT_PLUGINS=1`` makes it fatal).
+    Those that are ``given`` exist already and are left out. A role provider that
+    nothing names and that is broken costs a warning, not the run
+    (``POWERTRAIN_STRICT_PLUGINS=1`` makes it fatal).
 
     Raises:
         PluginError: a plugin that the configuration names cannot be used.
@@ -382,7 +399,7 @@ def select(
     ]
     chosen: list[Plugin[Any]] = []
     for name in [*named, *(name for name in providers if name not in named)]:
-        if name in config.plugins.disable:
+        if name in config.plugins.disable or name in given:
             continue
         is_named = name in named or name == direct
         if only is not None and name not in only:
@@ -395,8 +412,7 @@ def select(
             continue
         try:
             plugin = schemas.classes.get(name) or load(name, known)
-            table = config.tables[name] if name in config.tables else plugin.Config()
-            chosen.append(_constructed(plugin, table, known.get(name)))
+            chosen.append(_constructed(plugin, config.tables.get(name), known.get(name)))
         except PluginError as error:
             if is_named or strict:
                 raise
@@ -406,7 +422,7 @@ def select(
 
 def _constructed(plugin: type[Plugin[Any]], table: Any, entry: Installed | None) -> Plugin[Any]:
     try:
-        return plugin(table)
+        return plugin(plugin.Config() if table is None else table)
     except Exception as error:
         raise PluginBroken(
             f"plugin {plugin.name!r} cannot be constructed",
