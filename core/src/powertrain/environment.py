@@ -52,22 +52,38 @@ class Rank:
             LaunchError: a variable is missing, not a number, or out of range.
         """
         env = os.environ if environ is None else environ
-        for reader in (_torchrun, _slurm, _mpi):
+        # MPI before Slurm: within a Slurm job, mpirun's daemons are tasks of srun, and ranks inherit their variables.
+        for reader in (_torchrun, _mpi, _slurm):
             if (rank := reader(env)) is not None:
-                return rank._checked()
+                return rank
         return cls()
 
-    def _checked(self) -> Rank:
+    def checked(self, names: tuple[str, str, str, str]) -> Rank:
+        """Return itself if its numbers fit one another.
+
+        Args:
+            names: the variables of rank, world size, local rank and local size, for the message.
+
+        Raises:
+            LaunchError: they contradict one another.
+        """
+        rank, world, local_rank, local_size = names
         if not 0 <= self.index < self.world_size:
             raise LaunchError(
                 f"rank {self.index} does not exist in a world of {self.world_size}",
-                where=f"variables set by {self.launcher}",
+                where=f"{rank} and {world}, set by {self.launcher}",
                 expected=f"a rank from 0 to {self.world_size - 1}",
             )
         if not 0 <= self.local_index < self.local_size:
             raise LaunchError(
                 f"local rank {self.local_index} does not exist among {self.local_size} on this host",
-                where=f"variables set by {self.launcher}",
+                where=f"{local_rank} and {local_size}, set by {self.launcher}",
+                expected=f"a local rank from 0 to {self.local_size - 1}",
+            )
+        if self.local_size > self.world_size:
+            raise LaunchError(
+                f"this host cannot run {self.local_size} of {self.world_size} ranks",
+                where=f"{local_size} and {world}, set by {self.launcher}",
             )
         return self
 
@@ -87,34 +103,43 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
 def _torchrun(env: Mapping[str, str]) -> Rank | None:
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return None
-    index, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    index, world = _number(env, names[0]), _number(env, names[1])
     return Rank(
         index=index,
         world_size=world,
-        local_index=_number(env, "LOCAL_RANK", index),
-        local_size=_number(env, "LOCAL_WORLD_SIZE", world),
+        local_index=_number(env, names[2], index),
+        local_size=_number(env, names[3], world),
         address=env.get("MASTER_ADDR", "127.0.0.1"),
         port=_number(env, "MASTER_PORT", 29500),
         launcher="torchrun",
-    )
+    ).checked(names)
 
 
 def _slurm(env: Mapping[str, str]) -> Rank | None:
     # A batch script runs with SLURM_JOB_ID set but is no task: only srun sets a step's task count.
     if "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
         return None
-    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
+    tasks = next((n for n in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE") if n in env), None)
+    counts = [1] if tasks is None else _expand_counts(tasks, env[tasks])
     node = _number(env, "SLURM_NODEID", 0)
+    if not 0 <= node < len(counts):
+        raise LaunchError(
+            f"node {node} does not exist among {len(counts)}",
+            where=f"SLURM_NODEID and {tasks}, set by srun",
+            expected=f"a node from 0 to {len(counts) - 1}",
+        )
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", tasks or "SLURM_STEP_TASKS_PER_NODE")
     return Rank(
-        index=_number(env, "SLURM_PROCID"),
-        world_size=_number(env, "SLURM_STEP_NUM_TASKS"),
-        local_index=_number(env, "SLURM_LOCALID"),
-        local_size=_expand_counts(tasks)[node],
+        index=_number(env, names[0]),
+        world_size=_number(env, names[1]),
+        local_index=_number(env, names[2]),
+        local_size=counts[node],
         address=env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")),
         # Every task of a job computes the same port, and two jobs on one host differ.
         port=_number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000),
         launcher="srun",
-    )
+    ).checked(names)
 
 
 def _mpi(env: Mapping[str, str]) -> Rank | None:
@@ -126,6 +151,8 @@ def _mpi(env: Mapping[str, str]) -> Rank | None:
         rank, size, local_rank, local_size = (prefix + name for name in names)
         if rank not in env or size not in env:
             continue
+        if local_rank not in env and "SLURM_STEP_NUM_TASKS" in env:
+            continue  # srun's own PMI: Slurm's variables say more
         index, world = _number(env, rank), _number(env, size)
         rank_table = Rank(
             index=index,
@@ -135,7 +162,7 @@ def _mpi(env: Mapping[str, str]) -> Rank | None:
             address=env.get("MASTER_ADDR", "127.0.0.1"),
             port=_number(env, "MASTER_PORT", 29500),
             launcher="mpirun",
-        )
+        ).checked((rank, size, local_rank, local_size))
         if rank_table.local_size < world and "MASTER_ADDR" not in env:
             raise LaunchError(
                 "mpirun spans several hosts, and none of them is named as the meeting point",
@@ -146,12 +173,17 @@ def _mpi(env: Mapping[str, str]) -> Rank | None:
     return None
 
 
-def _expand_counts(text: str) -> list[int]:
+def _expand_counts(name: str, text: str) -> list[int]:
     """Expand Slurm's ``2(x3),1`` to ``[2, 2, 2, 1]``."""
     counts: list[int] = []
     for part in text.split(","):
         count, _, repeat = part.partition("(x")
-        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+        try:
+            counts += [int(count)] * int(repeat.rstrip(")") or 1)
+        except ValueError:
+            raise LaunchError(
+                f"the variable {name} is no list of counts", where=name, expected="like 2(x3),1", found=repr(text)
+            ) from None
     return counts
 
 
