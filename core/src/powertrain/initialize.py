@@ -13,7 +13,7 @@ from powertrain import config as configuration
 from powertrain import optimizers, random_state, schedule
 from powertrain.accumulation import Accumulation
 from powertrain.call import ModelCall
-from powertrain.config import Config
+from powertrain.config import BatchSizes, Config
 from powertrain.context import Context
 from powertrain.engine import Engine
 from powertrain.environment import Rank
@@ -75,18 +75,19 @@ def initialize(
     schemas = schemas_for(document, plugins)
     settings = configuration.structure(document, schemas.tables, installed=schemas.installed, options=schemas.options)
     hooks = Registry(plugins, settings.plugins.pin)
-    for plugin in select(settings, schemas, world_size=rank.world_size):
-        if plugin.name not in hooks.plugins:
-            hooks.add(plugin)
+    for plugin in select(settings, schemas, world_size=rank.world_size, given=hooks.plugins):
+        hooks.add(plugin)
 
     accelerator = choose_accelerator(hooks, settings.accelerator.use)
     device = accelerator.device(rank.local_index)
     accelerator.activate(device)
     mesh = Mesh.build(rank.world_size, rank.index)
+    batch = configuration.resolve_batch(settings.batch, mesh.size("data"), settings.origins)
+    settings = configuration.derive(settings, mesh.size("data"))
     communicator = connect(hooks, settings, accelerator, device, mesh, rank)
     try:
         return _build(
-            model, settings, hooks, accelerator, device, mesh, communicator, rank,
+            model, settings, batch, hooks, accelerator, device, mesh, communicator, rank,
             dataset=dataset, loss_fn=loss_fn, optimizer=optimizer, collate_fn=collate_fn, scheduler=scheduler,
         )  # fmt: skip
     except BaseException as error:
@@ -98,6 +99,7 @@ def initialize(
 def _build(
     model: torch.nn.Module,
     settings: Config,
+    batch: BatchSizes,
     hooks: Registry,
     accelerator: Accelerator,
     device: torch.device,
@@ -112,7 +114,6 @@ def _build(
     scheduler: Any,
 ) -> Engine:
     """Put the parts together once the ranks are connected."""
-    batch = configuration.resolve_batch(settings.batch, mesh.size("data"))
     context = Context(
         config=settings,
         rank=rank,
@@ -128,7 +129,8 @@ def _build(
     model.to(device)
     broadcast_from_first(model, communicator)
     for name in hooks.transforms():
-        model = hooks.call(name, "transform_model", model=model, context=context) or model
+        transformed = hooks.call(name, "transform_model", model=model, context=context)
+        model = model if transformed is None else transformed
     convert_buffers(model, context.recipe)
     inner = make_optimizer(model, optimizer, settings, hooks)
     wrapper: OptimizerWrapper | None = hooks.one("wrap_optimizer", model=model, optimizer=inner, context=context)
