@@ -49,6 +49,16 @@ class _Bucket:
         self.handle: Handle | None = None
         self.sent = False
 
+    def settle(self) -> None:
+        """Wait for the mean; from then on a parameter counts as used if any rank used it."""
+        if self.handle is None:
+            return
+        self.handle.wait()
+        self.handle = None
+        if not all(slot.filled for slot in self.slots):
+            for slot, flag in zip(self.slots, self.flags.tolist(), strict=True):
+                slot.filled = flag > 0
+
 
 class GradientBuckets:
     """Collects, accumulates and averages the gradients of ``named`` parameters.
@@ -101,8 +111,8 @@ class GradientBuckets:
         if bucket.handle is not None:
             # A second backward before the step. The mean is sent again with the
             # addition: averaging what is already equal everywhere changes nothing.
-            bucket.handle.wait()
-            bucket.handle, bucket.sent = None, False
+            bucket.settle()
+            bucket.sent = False
         if grad.is_sparse:
             grad = grad.to_dense()
         if slot.filled:
@@ -137,21 +147,8 @@ class GradientBuckets:
                 self._send(bucket)
         self._next = len(self._buckets)
         for bucket in self._buckets:
-            if bucket.handle is not None:
-                bucket.handle.wait()
-                bucket.handle = None
-        result = {}
-        for bucket in self._buckets:
-            if all(slot.filled for slot in bucket.slots):
-                used = [True] * len(bucket.slots)
-            else:
-                used = [flag > 0 for flag in bucket.flags.tolist()]
-            for slot, is_used in zip(bucket.slots, used, strict=True):
-                slot.filled = is_used
-        for param, slot in self._slots.items():
-            if slot.filled:
-                result[param] = slot.view
-        return result
+            bucket.settle()
+        return {param: slot.view for param, slot in self._slots.items() if slot.filled}
 
     def drain(self) -> None:
         """Wait for what is under way and forget it."""
