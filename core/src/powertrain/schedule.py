@@ -81,10 +81,21 @@ class TorchSchedule(Schedule):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
-        self.scheduler.load_state_dict(state)
+        self.scheduler.load_state_dict(_alike(state, self.scheduler.state_dict()))
         # torch writes learning rates in step() only.
         for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+
+
+def _alike(saved: Any, own: Any) -> Any:
+    """Return ``saved`` with the types that JSON lost: a mapping's class and the keys that are numbers."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        keys = {str(name): name for name in own}
+        items = {keys.get(name, name): value for name, value in saved.items()}
+        return type(own)({name: _alike(value, own.get(name)) for name, value in items.items()})
+    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        return [_alike(value, mine) for value, mine in zip(saved, own, strict=True)]
+    return saved
 
 
 def warm_up(after: Factor, warmup: int) -> Factor:
