@@ -44,7 +44,7 @@ def samples(batch: Any) -> int:
     """Return how many samples a batch has: the size of dimension 0 of its tensors.
 
     Raises:
-        BatchError: it has no tensor, or its tensors differ in dimension 0.
+        BatchError: it has no tensor, its tensors differ in dimension 0, or they are empty.
     """
     sizes = {leaf.shape[0] for leaf in leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0}
     if not sizes:
@@ -59,6 +59,8 @@ def samples(batch: Any) -> int:
             expected="the same size of dimension 0 everywhere",
             found=", ".join(str(size) for size in sorted(sizes)),
         )
+    if sizes == {0}:
+        raise BatchError("the batch is empty", expected="at least one sample", found="0 samples")
     return sizes.pop()
 
 

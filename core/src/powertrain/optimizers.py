@@ -62,4 +62,11 @@ def torch_factory(name: str, options: Mapping[str, Any]) -> OptimizerFactory | N
         kind = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise OptimizerError(f"there is no optimizer {name}", where="optimizer.name", found=str(error)) from error
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise OptimizerError(
+            f"{name} is no optimizer",
+            where="optimizer.name",
+            expected="the dotted path of a torch.optim.Optimizer class",
+            found=repr(kind),
+        )
     return TorchFactory(kind, options, "matrix")
