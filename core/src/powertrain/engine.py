@@ -104,8 +104,7 @@ class Engine:
             if self._micro_batches:  # what an interrupted step left behind
                 self.optimizer_wrapper.discard()
                 self._micro_batches = 0
-            for listener in self._events["on_step_start"]:
-                listener(engine=self)
+            self._start_step()
             loss, handle = self._mean_over_ranks(self.runner.train(batch))
             self._apply()
             handle.wait()
@@ -146,6 +145,8 @@ class Engine:
         recipe, device = self.context.recipe, self.context.device
         training = self.module.training and torch.is_grad_enabled()
         if training:
+            if self._micro_batches == 0 and not self._guarded:
+                self._start_step()
             self._micro_batches += 1
             last = self._syncing and self._micro_batches >= self.context.batch.accumulation
             self.optimizer_wrapper.begin(last=last)
@@ -197,6 +198,10 @@ class Engine:
             yield
         finally:
             self._syncing = was
+
+    def _start_step(self) -> None:
+        for listener in self._events["on_step_start"]:
+            listener(engine=self)
 
     def _apply(self) -> None:
         """Update the parameters from the gradients gathered."""

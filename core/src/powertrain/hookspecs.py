@@ -42,12 +42,12 @@ hookimpl = HookimplMarker("powertrain")
 
 
 @hookspec
-def make_accelerator(name: str) -> Accelerator | None:  # type: ignore[empty-body]
+def make_accelerator(name: str) -> Accelerator | None:
     """Return the accelerator called ``name``, or None if this plugin has no such one."""
 
 
 @hookspec
-def make_communicator(  # type: ignore[empty-body]
+def make_communicator(
     name: str | None, accelerator: Accelerator, mesh: Mesh, rank: Rank, timeout: float
 ) -> Communicator | None:
     """Return a connected communicator for the ranks of ``mesh``.
@@ -58,12 +58,12 @@ def make_communicator(  # type: ignore[empty-body]
 
 
 @hookspec
-def make_optimizer(name: str, options: dict[str, Any]) -> OptimizerFactory | None:  # type: ignore[empty-body]
+def make_optimizer(name: str, options: dict[str, Any]) -> OptimizerFactory | None:
     """Return a factory of the optimizer called ``name``; the core knows torch's own."""
 
 
 @hookspec
-def wrap_optimizer(  # type: ignore[empty-body]
+def wrap_optimizer(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context
 ) -> OptimizerWrapper | None:
     """Return what reduces gradients and updates parameters.
@@ -74,7 +74,7 @@ def wrap_optimizer(  # type: ignore[empty-body]
 
 
 @hookspec
-def make_runner(engine: Engine) -> StepRunner | None:  # type: ignore[empty-body]
+def make_runner(engine: Engine) -> StepRunner | None:
     """Return what turns one local batch into accumulated gradients.
 
     The core's default runs the micro-batches one after the other.
@@ -82,12 +82,12 @@ def make_runner(engine: Engine) -> StepRunner | None:  # type: ignore[empty-body
 
 
 @hookspec
-def make_checkpoint_store(uri: str, context: Context) -> CheckpointStore | None:  # type: ignore[empty-body]
+def make_checkpoint_store(uri: str, context: Context) -> CheckpointStore | None:
     """Return the store that keeps checkpoints under ``uri`` (a directory unless it has a scheme)."""
 
 
 @hookspec
-def make_sampler(dataset: Any, context: Context) -> Sampler | None:  # type: ignore[empty-body]
+def make_sampler(dataset: Any, context: Context) -> Sampler | None:
     """Return what chooses this rank's samples of ``dataset``; the core's default shuffles."""
 
 
@@ -95,12 +95,12 @@ def make_sampler(dataset: Any, context: Context) -> Sampler | None:  # type: ign
 
 
 @hookspec
-def wrap_communicator(communicator: Communicator, timeout: float) -> Communicator | None:  # type: ignore[empty-body]
+def wrap_communicator(communicator: Communicator, timeout: float) -> Communicator | None:
     """Return a communicator around ``communicator`` (tracing, checking, compression)."""
 
 
 @hookspec
-def transform_model(model: torch.nn.Module, context: Context) -> torch.nn.Module | None:  # type: ignore[empty-body]
+def transform_model(model: torch.nn.Module, context: Context) -> torch.nn.Module | None:
     """Return the model to train in place of ``model``; runs in the plugin's ``phase``."""
 
 
@@ -118,8 +118,12 @@ def on_step_start(engine: Engine) -> None:
 
 
 @hookspec
-def on_step_end(engine: Engine, loss: torch.Tensor) -> None:
-    """Called after each optimizer step; ``loss`` is the mean over the global batch."""
+def on_step_end(engine: Engine, loss: torch.Tensor | None) -> None:
+    """Called after each optimizer step.
+
+    ``loss`` is the mean over the global batch; None where the step was made of
+    the finer calls, which show the engine no loss.
+    """
 
 
 @hookspec
