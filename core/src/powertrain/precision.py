@@ -165,5 +165,5 @@ def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     """
     if factor == 1.0 or not tensor.requires_grad:
         return tensor
-    scaled: torch.Tensor = _ScaleGradient.apply(tensor, factor)  # type: ignore[no-untyped-call]
+    scaled: torch.Tensor = _ScaleGradient.apply(tensor, factor)
     return scaled

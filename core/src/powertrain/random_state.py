@@ -18,7 +18,7 @@ def seed_all(context: Context, seed: int) -> None:
     """
     value = (seed + context.mesh.index("data")) % 2**63
     random.seed(value)
-    torch.random.default_generator.manual_seed(value)
+    torch.default_generator.manual_seed(value)
     context.accelerator.seed(value, context.device)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(value % 2**32)
