@@ -109,7 +109,7 @@ assert len([path for path in root.iterdir()]) <= 6, sorted(root.iterdir())
 
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous", "overwrite"])
 def test_the_newest_checkpoint_loads_after_every_kill(tmp_path, mode):
-    """After each of 50 kills at random moments, the newest checkpoint loads, is no mixture, and is newer than before."""
+    """After each of 50 kills at random moments, the newest checkpoint loads, is no mixture and newer than before."""
     command = [sys.executable, "-c", HARNESS, str(tmp_path), str(KILLS), mode, "1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stdout + result.stderr
