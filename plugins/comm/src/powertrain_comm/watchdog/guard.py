@@ -40,6 +40,9 @@ GRACE = 1.0
 UNWINDING = 3.0
 """Seconds that the main thread has to leave once it knows why the run ends."""
 
+DEPARTURE = 2.0
+"""Seconds that a rank needs to exit once it has left the board: torch takes its time to unload."""
+
 LINGER = 5.0
 """Seconds that a leaving rank waits, at most, for those that still need it."""
 
@@ -298,7 +301,8 @@ class Guard:
                 if raising:
                     # The rank that raised goes first: a launcher blames the first one to exit.
                     board.until(lambda: board.read(f"left/{verdict.rank}") is not None, UNWINDING)
-                    time.sleep(LAST_WORDS)
+                    self._wake.clear()
+                    self._wake.wait(DEPARTURE)  # cut short when the main thread sees the connection close
         self._decided.set()
         if self._trouble is not None and self._stop.wait(UNWINDING):
             return
