@@ -17,7 +17,9 @@ def as_rank(monkeypatch):
 
     def pretend(rank, world_size):
         monkeypatch.setenv("POWERTRAIN_PLUGINS", "null")
-        for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", 5), ("LOCAL_WORLD_SIZE", 8)):
+        here = min(world_size, 8)
+        places = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % here, "LOCAL_WORLD_SIZE": here}
+        for name, value in places.items():
             monkeypatch.setenv(name, str(value))
 
     return pretend

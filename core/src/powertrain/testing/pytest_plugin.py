@@ -18,7 +18,17 @@ import pytest
 if TYPE_CHECKING:
     from powertrain.testing.pool import RankPool
 
-CONTRACTS = ("accelerator", "checkpoint", "collectives", "communicator", "optimizer", "plugin", "sampler", "training")
+CONTRACTS = (
+    "accelerator",
+    "checkpoint",
+    "collectives",
+    "communicator",
+    "optimizer",
+    "plugin",
+    "sampler",
+    "slices",
+    "training",
+)
 pytest.register_assert_rewrite(*(f"powertrain.testing.{name}" for name in CONTRACTS))
 
 
