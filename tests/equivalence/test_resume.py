@@ -80,6 +80,15 @@ def test_saved_at_four_continues_at_one_two_and_three(ranks: Any, tmp_path: Path
                 assert plain.same_bits(loaded["final"], saved["final"])
 
 
+def test_saved_at_two_continues_at_four(ranks: Any, tmp_path: Path) -> None:
+    """More ranks than saved: those that did not exist then start their own random generators and join in."""
+    saved = ranks(2, run, str(tmp_path), False, SAVED_AFTER, 1, {})[0]
+    for loaded in ranks(4, run, str(tmp_path), True, None, 1, {}):
+        assert plain.same_bits(loaded["state"], saved["state"])
+        expected = {step: saved["losses"][step] for step in loaded["losses"]}
+        assert loaded["losses"] == pytest.approx(expected, rel=1e-5)
+
+
 def dropout_run(directory: str, load: bool) -> list[float]:
     """Train a model with dropout; the losses depend on the random generators."""
     torch.manual_seed(0)

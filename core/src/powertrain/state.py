@@ -198,13 +198,14 @@ def check_names(engine: Engine, reader: CheckpointReader) -> None:
 def _restore_random(context: Context, reader: CheckpointReader, step: int) -> None:
     """Continue this rank's generators; a rank that did not exist then starts its own."""
     rank = context.rank.index
+    live = {
+        name: torch.empty(info.shape, dtype=info.dtype)
+        for name, info in reader.tensors.items()
+        if name.startswith(f"rng/{rank}/")
+    }
+    fill(reader, list(live.items()))  # every rank takes part, also with nothing to read
     if rank >= len(reader.rank_values):
         random_state.seed_all(context, context.config.run.seed + 7919 * step)
         return
     random_state.load_values(dict(reader.rank_values[rank]["rng"]))
-    live = {}
-    for name, info in reader.tensors.items():
-        if name.startswith(f"rng/{rank}/"):
-            live[name] = torch.empty(info.shape, dtype=info.dtype)
-    fill(reader, list(live.items()))
     random_state.load_tensors(context, {name.rpartition("/")[2]: value for name, value in live.items()})
