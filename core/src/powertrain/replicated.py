@@ -70,17 +70,15 @@ class ReplicatedOptimizer(OptimizerWrapper):
                 grad.mul_(1.0 / grad_scale)
         norm: torch.Tensor | None = None
         if clip is not None or check_overflow:
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = _norm(masters)
         if check_overflow and norm is not None and not bool(norm.isfinite()):
             return Update(applied=False, grad_norm=lambda: norm)
         if clip is not None and norm is not None:
             torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
         self.optimizer.step()
         self._publish()
-        return Update(
-            applied=True,
-            grad_norm=lambda: norm if norm is not None else torch.nn.utils.get_total_norm(grads),
-        )
+        # Holding the gradients here would keep them alive beside those of the next step.
+        return Update(applied=True, grad_norm=lambda: _norm(masters) if norm is None else norm)
 
     def _deliver(self) -> None:
         """Put the averaged gradients where the optimizer looks for them."""
@@ -155,6 +153,10 @@ class ReplicatedOptimizer(OptimizerWrapper):
         """Take the gradient hooks off the model."""
         if self._buckets is not None:
             self._buckets.close()
+
+
+def _norm(params: list[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
 
 
 def _slice(name: str, tensor: torch.Tensor) -> TensorSlice:
