@@ -15,6 +15,7 @@ from powertrain.accumulation import Accumulation
 from powertrain.call import ModelCall
 from powertrain.config import BatchSizes, Config
 from powertrain.context import Context
+from powertrain.discovery import hooks_of, schemas_for
 from powertrain.engine import Engine
 from powertrain.environment import Rank
 from powertrain.errors import (
@@ -27,12 +28,13 @@ from powertrain.errors import (
 from powertrain.mesh import Mesh
 from powertrain.plugin import Plugin
 from powertrain.precision import LossScale, Recipe
-from powertrain.registry import Registry, hooks_of, schemas_for, select
+from powertrain.registry import Registry
 from powertrain.replicated import ReplicatedOptimizer
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.communicator import Communicator, SingleProcess
 from powertrain.roles.optimizer import OptimizerWrapper
 from powertrain.sampling import EpochSampler, Loader
+from powertrain.selection import select
 
 _log = logging.getLogger("powertrain")
 

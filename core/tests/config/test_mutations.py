@@ -12,7 +12,7 @@ from powertrain.config.options import all_options
 from powertrain.config.record import keys, open_field
 from powertrain.config.tables import CORE_TABLES
 from powertrain.errors import ConfigError
-from powertrain.registry import installed, load
+from powertrain.discovery import installed, load
 
 LETTERS = "ax_"
 

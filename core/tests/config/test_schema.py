@@ -17,7 +17,7 @@ from powertrain.config.options import all_options
 from powertrain.config.schema import json_schema, legal_keys, lint
 from powertrain.config.tables import CORE_TABLES
 from powertrain.config.template import template
-from powertrain.registry import installed, load
+from powertrain.discovery import installed, load
 
 SHIPPED = [*CORE_TABLES.values(), *(kind for kinds in all_options({}).values() for kind in kinds.values())]
 

@@ -88,9 +88,9 @@ def test_bad_names_are_refused(tmp_path, name):
 
 def test_a_taken_name_is_refused(tmp_path, monkeypatch):
     """A name that an installed plugin has is refused, with the distribution that has it."""
-    from powertrain import registry
+    from powertrain import discovery
 
-    taken = registry.Installed(
+    taken = discovery.Installed(
         name="taken",
         target="m:C",
         distribution="somebody",
@@ -99,7 +99,7 @@ def test_a_taken_name_is_refused(tmp_path, monkeypatch):
         author="",
         roles=frozenset(),
     )
-    monkeypatch.setattr(registry, "installed", lambda: {"taken": taken})
+    monkeypatch.setattr(discovery, "installed", lambda: {"taken": taken})
     with pytest.raises(PluginConflict, match="by somebody"):
         write("taken", "sampler", tmp_path / "place")
 

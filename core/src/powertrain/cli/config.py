@@ -15,7 +15,7 @@ from powertrain.errors import ConfigError, PowertrainError
 if TYPE_CHECKING:
     from powertrain.config import Config
     from powertrain.config.schema import Key
-    from powertrain.registry import Schemas
+    from powertrain.discovery import Schemas
 
 _RANKS = click.option(
     "--ranks", type=click.IntRange(min=1), metavar="N", help="Check the batch sizes for this many data ranks."
@@ -72,7 +72,7 @@ def _report(file: str, error: PowertrainError | None) -> dict[str, Any]:
 def _load(file: str | None, ranks: int | None, settings: Sequence[str]) -> Config:
     """Read and check one file, and its batch sizes where the number of ranks is known."""
     from powertrain.config import read, resolve_batch, structure
-    from powertrain.registry import schemas_for
+    from powertrain.discovery import schemas_for
 
     document = read(file, overrides=settings)
     schemas = schemas_for(document)
@@ -161,7 +161,7 @@ def _installed_schemas(names: Sequence[str] | None) -> Schemas:
     import attrs
 
     from powertrain.config import read
-    from powertrain.registry import schemas_for
+    from powertrain.discovery import schemas_for
 
     found = schemas_for(read({}, environ={}))
     for name in found.installed if names is None else names:

@@ -18,7 +18,7 @@ import click
 
 from powertrain import __version__
 from powertrain.cli.probes import PROBES, Check
-from powertrain.registry import installed
+from powertrain.discovery import installed
 
 AT_ONCE = 2
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}

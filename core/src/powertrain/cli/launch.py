@@ -114,7 +114,8 @@ def _processes(nproc: str) -> int:
 def _devices() -> int:
     """Return how many devices the first available accelerator offers, not counting host processors."""
     from powertrain.cli.plugin_states import usable
-    from powertrain.registry import Registry, installed
+    from powertrain.discovery import installed
+    from powertrain.registry import Registry
 
     providers = {name: entry for name, entry in installed().items() if "accelerator" in entry.roles}
     for _entry, plugin, _error in usable(providers):

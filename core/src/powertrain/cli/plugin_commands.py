@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from powertrain import environment, registry
+from powertrain import discovery, environment
 from powertrain.cli.plugin_states import detail, usable
+from powertrain.discovery import Installed
 from powertrain.errors import PluginBroken, PluginError
-from powertrain.registry import Installed
 
 
 def collect(taken: set[str]) -> dict[str, click.Command]:
@@ -21,10 +21,10 @@ def collect(taken: set[str]) -> dict[str, click.Command]:
         PluginError: a plugin is broken and plugins are strict.
     """
     offers: dict[str, list[tuple[str, click.Command]]] = {}
-    for entry, plugin, error in usable(registry.installed()):
+    for entry, plugin, error in usable(discovery.installed()):
         if error is not None:
             _warn(entry, error)
-        elif plugin is not None and "add_commands" in registry.hooks_of(plugin):
+        elif plugin is not None and "add_commands" in discovery.hooks_of(plugin):
             try:
                 for name, command in _commands(plugin, entry).items():
                     offers.setdefault(name, []).append((entry.name, command))

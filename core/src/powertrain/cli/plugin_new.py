@@ -133,7 +133,7 @@ def check_name(name: str) -> None:
         PluginError: and why.
     """
     from powertrain.config.tables import CORE_TABLES
-    from powertrain.registry import installed
+    from powertrain.discovery import installed
 
     if not NAME.fullmatch(name):
         raise PluginError(

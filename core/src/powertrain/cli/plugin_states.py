@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import attrs
 
-from powertrain import environment, registry
+from powertrain import discovery, environment
+from powertrain.discovery import Installed
 from powertrain.errors import PluginBroken, PluginConflict, PluginError, PluginIncompatible
 from powertrain.plugin import Plugin
-from powertrain.registry import Installed
 
 Condition = Literal["available", "disabled", "broken", "conflict", "incompatible"]
 
@@ -64,7 +64,7 @@ def usable(known: dict[str, Installed]) -> Iterator[tuple[Installed, Plugin[Any]
 
 def _load(entry: Installed, known: dict[str, Installed]) -> type[Plugin[Any]]:
     try:
-        return registry.load(entry.name, known)
+        return discovery.load(entry.name, known)
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # a module meant as a script must not end the listing
@@ -100,7 +100,7 @@ def survey(*, probe: bool = False) -> list[PluginState]:
     Args:
         probe: also ask each accelerator whether its device is there; this may import torch.
     """
-    known = registry.installed()
+    known = discovery.installed()
     return [_state(entry, known, probe) for entry in known.values()]
 
 
@@ -124,7 +124,7 @@ def _state(entry: Installed, known: dict[str, Installed], probe: bool) -> Plugin
         distribution=entry.distribution,
         version=entry.version,
         api=kind.api if kind else None,
-        hooks=registry.hooks_of(kind) if kind else [],
+        hooks=discovery.hooks_of(kind) if kind else [],
         roles=sorted(entry.roles),
         state=state,
         why=why,
@@ -138,7 +138,7 @@ def _state(entry: Installed, known: dict[str, Installed], probe: bool) -> Plugin
 def _turned_off(name: str) -> str | None:
     if name in environment.disabled_plugins():
         return "disabled by --no-plugin or POWERTRAIN__PLUGINS__DISABLE"
-    only = registry.allowed()
+    only = discovery.allowed()
     return None if only is None or name in only else "disabled by POWERTRAIN_PLUGINS"
 
 

@@ -47,7 +47,7 @@ def test(name: str, as_json: bool, verbose: bool) -> int:
     Each role that the plugin fills is tested, and what every plugin must do.
     Exits with 1 if a test fails.
     """
-    from powertrain.registry import load
+    from powertrain.discovery import load
 
     load(name)
     results, report, code = run_suites(name)

@@ -239,9 +239,7 @@ class Communicator(ABC):
 
     def receive(self, tensor: torch.Tensor, source: int, dimension: str, *, label: str = "") -> Handle:
         """Fill ``tensor`` with what index ``source`` sends."""
-        return self.issue(
-            Collective(operation="receive", dimension=dimension, output=tensor, peer=source, label=label)
-        )
+        return self.issue(Collective(operation="receive", dimension=dimension, output=tensor, peer=source, label=label))
 
     def barrier(self, dimension: str = WORLD, *, label: str = "") -> Handle:
         """Wait, in ``wait``, until every rank along ``dimension`` has come here."""

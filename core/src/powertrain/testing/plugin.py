@@ -10,8 +10,8 @@ from typing import Any
 
 import attrs
 
+from powertrain.discovery import hooks_of
 from powertrain.plugin import API, Plugin, Probe
-from powertrain.registry import hooks_of
 from powertrain.testing.plugin_facts import facts
 
 CHILD = """

@@ -6,8 +6,9 @@ from typing import Any
 
 import attrs
 
+from powertrain.discovery import hooks_of
 from powertrain.plugin import Plugin
-from powertrain.registry import Registry, hooks_of
+from powertrain.registry import Registry
 
 
 def facts(plugin: type[Plugin[Any]]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     name = config.getoption("--plugin")
     if name is None:
         raise pytest.UsageError("powertrain.testing.suites tests an installed plugin: add --plugin NAME")
-    from powertrain.registry import hooks_of, load
+    from powertrain.discovery import hooks_of, load
 
     hooks = set(hooks_of(load(name)))
     idle = [item for item in of_suites if not _applies(item, hooks)]

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from powertrain.context import Context
+from powertrain.discovery import load
 from powertrain.environment import Rank
 from powertrain.mesh import Mesh
 from powertrain.plugin import Plugin
-from powertrain.registry import Registry, load
+from powertrain.registry import Registry
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.checkpoint import CheckpointStore
 from powertrain.roles.communicator import Communicator

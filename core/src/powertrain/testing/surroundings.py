@@ -7,10 +7,11 @@ from typing import Any
 
 from powertrain import config as configuration
 from powertrain.context import Context
+from powertrain.discovery import schemas_for
 from powertrain.environment import Rank
 from powertrain.plugin import Plugin
 from powertrain.precision import Recipe
-from powertrain.registry import Registry, schemas_for
+from powertrain.registry import Registry
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.communicator import Communicator
 from powertrain.testing.null import NullHost

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from powertrain import registry
+from powertrain import discovery, registry
 from powertrain.cli.plugin_states import usable
 from powertrain.cli.probes import Check
 from powertrain.plugin import Plugin
@@ -29,7 +29,7 @@ def accelerator(name: str) -> Iterator[Check]:
 
 
 def _plugin(name: str) -> Plugin[Any]:
-    known = registry.installed()
+    known = discovery.installed()
     for _entry, plugin, error in usable({name: known[name]}):
         if error is not None:
             raise error
@@ -40,7 +40,7 @@ def _plugin(name: str) -> Plugin[Any]:
 
 def collectives() -> Iterator[Check]:
     """An all-reduce between two processes of this host, through the installed communicator."""
-    providers = [name for name, entry in registry.installed().items() if "communicator" in entry.roles]
+    providers = [name for name, entry in discovery.installed().items() if "communicator" in entry.roles]
     if not providers:
         yield Check("collectives", "all_reduce", "warn", "no communicator is installed", "pip install powertrain-comm")
         return
@@ -101,7 +101,7 @@ def _reduce(name: str, index: int, port: int) -> str:
 
 def _host_plugin() -> Plugin[Any]:
     """Return the accelerator that is there on every machine: the fallback."""
-    providers = {name: entry for name, entry in registry.installed().items() if "accelerator" in entry.roles}
+    providers = {name: entry for name, entry in discovery.installed().items() if "accelerator" in entry.roles}
     for _entry, plugin, _error in usable(providers):
         if plugin is not None and plugin.fallback:
             return plugin
