@@ -33,6 +33,10 @@ class Background:
         self._thread = threading.Thread(target=run, name=f"checkpoint {tag}", daemon=True)
         self._thread.start()
 
+    def add(self, tag: str) -> None:
+        """Count ``tag`` as finished, after it was saved without the thread."""
+        self._finished.append(tag)
+
     def join(self) -> None:
         """Wait for the work under way."""
         if self._thread is not None:

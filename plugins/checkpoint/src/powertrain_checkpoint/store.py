@@ -95,6 +95,7 @@ class DirectoryStore(CheckpointStore):
             self._background.start(tag, lambda: save.run(buffers))
         else:
             together(self._communicator, "checkpoint saved", lambda: save.run(in_place(mine)))
+            self._background.add(tag)
 
     def poll(self) -> list[str]:
         """Return the tags that became complete since the last call, without waiting.
