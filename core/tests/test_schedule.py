@@ -196,3 +196,14 @@ def test_dotted_names_that_lead_nowhere_are_refused(name: str, options: dict[str
         schedule.build(name, options, optimizer())
     assert (caught.value.code, caught.value.where) == ("PT440", where)
     assert caught.value.found
+
+
+def test_a_state_that_is_not_json_is_refused() -> None:
+    """A scheduler whose state JSON cannot hold is a SchedulerError when it is saved."""
+
+    class Odd(lr_scheduler.StepLR):
+        def state_dict(self) -> dict[str, Any]:
+            return {"thing": object()}
+
+    with pytest.raises(SchedulerError, match="the state of Odd cannot be saved"):
+        schedule.TorchSchedule(Odd(optimizer(), 2)).state()

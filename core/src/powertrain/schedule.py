@@ -6,6 +6,7 @@ Step ``s`` counts applied updates from 0, so the first update uses
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -76,8 +77,21 @@ class TorchSchedule(Schedule):
         self.scheduler.step()
 
     def state(self) -> dict[str, Any]:
-        """Return the scheduler's own state."""
-        return dict(self.scheduler.state_dict())
+        """Return the scheduler's own state.
+
+        Raises:
+            SchedulerError: it is not JSON.
+        """
+        try:
+            state: dict[str, Any] = json.loads(json.dumps(self.scheduler.state_dict()))
+        except TypeError as error:
+            raise SchedulerError(
+                f"the state of {type(self.scheduler).__name__} cannot be saved",
+                expected="JSON",
+                found=str(error),
+                remedy="use a scheduler whose state_dict holds numbers, strings, lists and dicts",
+            ) from error
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
