@@ -58,7 +58,8 @@ class Registry:
             self._manager.register(plugin, name=plugin.name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            self._manager.unregister(plugin)
+            if self._manager.is_registered(plugin):  # not where an argument was wrong: pluggy has dropped it then
+                self._manager.unregister(plugin)
             specs = [n for n in dir(hookspecs) if getattr(getattr(hookspecs, n), "powertrain_spec", None) is not None]
             unknown = next((hook for hook in hooks_of(plugin) if hook not in specs), None)
             if unknown is not None:
