@@ -220,6 +220,17 @@ class CheckpointStoreContract:
 
         assert self.on_ranks(2, tmp_path, body) == [[], []]
 
+    def test_saves_are_told_once(self, tmp_path: Path) -> None:
+        """``poll`` tells the tags of synchronous saves too, oldest first, and each of them once."""
+
+        def body(store: CheckpointStore, communicator: Communicator) -> list[list[str]]:
+            store.save("first", snapshot(communicator))
+            store.save("second", snapshot(communicator))
+            store.prune(1)
+            return [store.poll(), store.poll(), store.wait()]
+
+        assert self.on_ranks(2, tmp_path, body) == [[["first", "second"], [], []]] * 2
+
     def test_asynchronous_saves_take_a_copy(self, tmp_path: Path) -> None:
         """Once an asynchronous save returns, tensors may change; ``wait`` tells its tag, once."""
 
