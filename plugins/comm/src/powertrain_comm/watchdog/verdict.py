@@ -8,7 +8,13 @@ from typing import Literal
 
 import attrs
 
-from powertrain.errors import CollectiveDiverged, CollectiveStalled, CommunicationError, PeerFailed
+from powertrain.errors import (
+    CollectiveDiverged,
+    CollectiveStalled,
+    CommunicationError,
+    PeerFailed,
+    PowertrainError,
+)
 from powertrain.mesh import Mesh
 from powertrain_comm.watchdog.diagnosis import Entry, State, find_behind, find_divergence, table
 
@@ -52,8 +58,13 @@ class Verdict:
 
 
 def raised(rank: int, error: BaseException) -> Verdict:
-    """Return the verdict that ``rank`` raised ``error``."""
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    """Return the verdict that ``rank`` raised ``error``; only a surprise is told by its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted by Ctrl-C"
+    elif isinstance(error, PowertrainError):
+        text = str(error)  # it says the place and the remedy; a traceback would bury them
+    else:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     summary = traceback.format_exception_only(type(error), error)[-1].strip().splitlines()[0]
     return Verdict(kind="raised", message=f"rank {rank} raised {summary}", details=text, rank=rank, reporter=rank)
 
