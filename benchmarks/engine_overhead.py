@@ -1,6 +1,6 @@
 """What the engine adds to a hand-written PyTorch loop: one process, the same model, interleaved steps.
 
-Run: python benchmarks/engine_overhead.py [--steps 60] [--json]
+Run: python benchmarks/engine_overhead.py [--steps 60] [--threads 1] [--json]
 Bar: at most 1 % of the step time, as the ratio of the medians.
 """
 
@@ -12,10 +12,11 @@ import statistics
 import time
 from collections.abc import Callable
 
-import powertrain
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import powertrain
 
 
 class Block(nn.Module):
@@ -76,10 +77,12 @@ def plain_step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than one measures the neighbours")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     rows = []
-    for width, depth, batch, length in ((64, 2, 8, 64), (256, 4, 8, 128), (512, 4, 4, 256)):
+    for width, depth, batch, length, turns in ((64, 2, 8, 64, 8), (256, 4, 8, 128, 1), (512, 4, 4, 256, 1)):
         tokens = torch.randint(0, 2048, (batch, length + 1), generator=torch.Generator().manual_seed(0))
         torch.manual_seed(0)
         ours = engine_step(Model(width, depth), tokens)
@@ -88,7 +91,7 @@ def main() -> None:
         times: dict[str, list[float]] = {"engine": [], "plain": []}
         for _ in range(3):
             ours(), plain()
-        for index in range(arguments.steps):
+        for index in range(arguments.steps * turns):
             pair = [("engine", ours), ("plain", plain)]
             for name, step in pair if index % 2 else reversed(pair):
                 began = time.perf_counter()
