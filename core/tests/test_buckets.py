@@ -117,6 +117,20 @@ def test_what_no_rank_used_has_no_gradient() -> None:
     assert on(2, body, bucket_bytes=1000) == [{"a": [1.0, 1.0], "b": [2.0, 2.0]}] * 2
 
 
+def test_a_branch_not_taken_counts_as_zero() -> None:
+    """Where a rank did not use a parameter, the step before leaves nothing of it in the mean."""
+
+    def body(rig: Rig) -> Any:
+        rig.buckets.begin(first=True, last=True)
+        rig.backward(a=7.0, b=7.0, c=7.0)
+        rig.finish()
+        rig.buckets.begin(first=True, last=True)
+        rig.backward(a=1.0, **({"b": 4.0} if rig.rank == 0 else {}))
+        return rig.finish()
+
+    assert on(2, body, bucket_bytes=1000) == [{"a": [1.0, 1.0], "b": [2.0, 2.0]}] * 2
+
+
 def test_micro_batches_accumulate_and_are_sent_once() -> None:
     """Gradients of several micro-batches add up, and only the last one's backward sends."""
 
