@@ -57,8 +57,14 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def train_odd(world: int) -> dict[str, Any]:
+def train_odd(world: int, bucket_bytes: int) -> dict[str, Any]:
     """Train ``Odd`` with an engine; run on every rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("powertrain.buckets.BUCKET_BYTES", bucket_bytes)
+        return train_odd_with_buckets(world)
+
+
+def train_odd_with_buckets(world: int) -> dict[str, Any]:
     model = make_odd()
     optimizer = torch.optim.AdamW(groups_of(model), lr=1e-3)
     with powertrain.initialize(model, {"optimizer": {"clip": 1.0}}, optimizer=optimizer) as engine:
@@ -82,11 +88,12 @@ def plain_odd(world: int) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("bucket_bytes", [64, 25 * 2**20], ids=["many buckets", "one bucket"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_odd_models_train_as_in_plain_torch(ranks: Any, world: int) -> None:
+def test_odd_models_train_as_in_plain_torch(ranks: Any, world: int, bucket_bytes: int) -> None:
     """Ties, frozen and unused parameters, branches that differ between ranks and empty groups change nothing."""
     start, theirs = dict(make_odd().named_parameters()), plain_odd(world)
-    for mine in ranks(world, train_odd, world):
+    for mine in ranks(world, train_odd, world, bucket_bytes):
         assert plain.difference(mine["params"], theirs) <= 1e-6
         assert mine["groups"] == 3
         assert torch.equal(mine["params"]["unused.weight"], start["unused.weight"])

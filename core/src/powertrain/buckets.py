@@ -68,7 +68,7 @@ class GradientBuckets:
             finish them (the reverse of forward).
         communicator: averages over its data dimension.
         dtype: the format to accumulate and average in.
-        bucket_bytes: the size at which a bucket is closed.
+        bucket_bytes: the size at which a bucket is closed; None for ``BUCKET_BYTES``.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class GradientBuckets:
         named: Sequence[tuple[str, torch.nn.Parameter]],
         communicator: Communicator,
         dtype: torch.dtype,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         self._communicator = communicator
         self._slots: dict[torch.nn.Parameter, _Slot] = {}
         self._buckets: list[_Bucket] = []
         self._next = 0
         self._last = True
-        for group in _cut(named, bucket_bytes // dtype.itemsize):
+        for group in _cut(named, (bucket_bytes or BUCKET_BYTES) // dtype.itemsize):
             numel = sum(param.numel() for _, param in group) + len(group)
             bucket = _Bucket(len(self._buckets), group, communicator.empty(numel, dtype))
             self._buckets.append(bucket)
@@ -140,12 +140,16 @@ class GradientBuckets:
         bucket.handle = self._communicator.all_reduce(bucket.buffer, reduction="mean", label=bucket.label)
         bucket.sent = True
 
-    def finish(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Send what was not sent, wait for all, and return each used parameter's mean gradient."""
+    def flush(self) -> None:
+        """Send the buckets that backward did not complete."""
         for bucket in self._buckets:
             if not bucket.sent:
                 self._send(bucket)
         self._next = len(self._buckets)
+
+    def finish(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Send what was not sent, wait for all, and return each used parameter's mean gradient."""
+        self.flush()
         for bucket in self._buckets:
             bucket.settle()
         return {param: slot.view for param, slot in self._slots.items() if slot.filled}

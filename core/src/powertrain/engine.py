@@ -105,7 +105,10 @@ class Engine:
                 self.optimizer_wrapper.discard()
                 self._micro_batches = 0
             self._start_step()
-            loss, handle = self._mean_over_ranks(self.runner.train(batch))
+            loss = self.runner.train(batch)
+            # Before the loss goes out: which buckets backward has sent may differ between ranks.
+            self.optimizer_wrapper.flush()
+            loss, handle = self._mean_over_ranks(loss)
             self._apply()
             handle.wait()
             self._finish_step(loss)

@@ -59,6 +59,11 @@ class ReplicatedOptimizer(OptimizerWrapper):
             self._buckets.begin(first=self._first, last=last)
         self._first = False
 
+    def flush(self) -> None:
+        """Send the buckets that backward did not complete."""
+        if self._buckets is not None:
+            self._buckets.flush()
+
     def step(self, *, grad_scale: float, clip: float | None, check_overflow: bool) -> Update:
         """Average, clip and apply the gradients."""
         self._deliver()

@@ -59,6 +59,12 @@ class OptimizerWrapper(ABC):
     def begin(self, *, last: bool) -> None:
         """Prepare for the next micro-batch's backward passes; ``last`` ends the accumulation."""
 
+    def flush(self) -> None:
+        """Start the reductions that backward has not started, in an order that all ranks share.
+
+        Called after the last micro-batch, before any other collective.
+        """
+
     @abstractmethod
     def step(self, *, grad_scale: float, clip: float | None, check_overflow: bool) -> Update:
         """Finish reductions, divide gradients by ``grad_scale``, clip, update, publish, clear.
