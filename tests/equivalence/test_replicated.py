@@ -119,14 +119,14 @@ def test_autocast_is_torchs_autocast(ranks: Any, world: int, compute: str) -> No
     """With autocast the model keeps fp32 parameters and the forward pass is torch.autocast's."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[compute]
     table = {"compute": compute, "autocast": True, "loss_scale": 1.0}
-    config = {"precision": table, "optimizer": {"lr": 1e-3}}
-    results = [train(config)] if world == 1 else ranks(world, train, config)
-    theirs = plain.plain_loop(STEPS, autocast=dtype)
+    results = ranks(world, train, {"precision": table, "optimizer": {"lr": 1e-3}})
+    # In 8 or 11 bits halves of a batch round otherwise than the whole, and two threads otherwise than one.
+    (theirs,) = ranks(1, plain.plain_loop, STEPS, pieces=world, autocast=dtype)
     for mine in results:
         if world == 1:
             assert plain.same_bits(mine["params"], theirs["params"])
-        # Halves of a batch round differently in 8 or 11 bits than the whole does.
-        assert plain.difference(mine["params"], theirs["params"]) <= 2e-3
+        # A last bit of an fp32 sum may tip the rounding of an activation.
+        assert plain.difference(mine["params"], theirs["params"]) <= 5e-4
 
 
 def low_precision_loop(dtype: torch.dtype, pieces: int, scale: float) -> dict[str, torch.Tensor]:

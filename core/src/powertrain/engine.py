@@ -153,8 +153,12 @@ class Engine:
             self._micro_batches += 1
             last = self._syncing and self._micro_batches >= self.context.batch.accumulation
             self.optimizer_wrapper.begin(last=last)
-        with recipe.forward(device):
-            output = self._call(batch, device, recipe.cast_inputs)
+        try:
+            with recipe.forward(device):
+                output = self._call(batch, device, recipe.cast_inputs)
+        except BaseException:
+            self._micro_batches -= training  # it does not count
+            raise
         factor = self.loss_scale.value / self.context.batch.accumulation
         if not training or factor == 1.0:
             return output
@@ -341,10 +345,12 @@ class Engine:
                     self._announce(store, tag)
                 store.close()
         finally:
-            for listener in self._events["on_close"]:
-                listener(engine=self)
-            self.optimizer_wrapper.close()
-            self.context.communicator.close()
+            try:
+                for listener in self._events["on_close"]:
+                    listener(engine=self)
+            finally:
+                self.optimizer_wrapper.close()
+                self.context.communicator.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -144,7 +144,7 @@ class ReplicatedOptimizer(OptimizerWrapper):
             if kind != "optimizer" or name not in by_name:
                 continue
             master = by_name[name]
-            group = group_of[master]
+            group = group_of.get(master, {})
             # torch keeps the step counter on the host unless the update itself reads it on the device.
             on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
             value = torch.empty(info.shape, dtype=info.dtype, device="cpu" if on_host else master.device)

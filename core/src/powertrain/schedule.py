@@ -70,6 +70,12 @@ class TorchSchedule(Schedule):
     """Any object with the interface of ``torch.optim.lr_scheduler``."""
 
     def __init__(self, scheduler: Any) -> None:
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise SchedulerError(
+                "ReduceLROnPlateau needs a metric at each step, which the engine does not have",
+                where="scheduler",
+                remedy="make it yourself on engine.optimizer_wrapper.optimizer, and call its step(metric) yourself",
+            )
         self.scheduler = scheduler
 
     def advance(self) -> None:

@@ -137,13 +137,17 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
 
     Raises:
         CheckpointMismatch: parameters or buffers differ in name or shape.
+        DataError: the sampler cannot continue from the saved position.
     """
     module, context = engine.module, engine.context
     check_names(engine, reader)
+    values = reader.values
+    # What can still be refused comes before anything of the model changes.
+    if engine.loader is not None and values["sampler"] is not None:
+        engine.loader.sampler.load_state(values["sampler"])
     loaded = engine.optimizer_wrapper.load(reader)
     buffers = [(f"model/{name}", buffer) for name, buffer in _buffers(module)]
     fill(reader, buffers)
-    values = reader.values
     engine.global_step = int(values["step"])
     if engine.schedule is not None and values["schedule"] is not None:
         engine.schedule.load_state(values["schedule"])
@@ -153,8 +157,6 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
             if "lr" in saved and not context.config.is_stated("optimizer.lr"):
                 group["lr"] = saved["lr"]
     engine.loss_scale.load_state(values["loss_scale"])
-    if engine.loader is not None and values["sampler"] is not None:
-        engine.loader.sampler.load_state(values["sampler"])
     _restore_random(context, reader, engine.global_step)
     engine.client_state = dict(values["client"])
     trainable = [name for name, param in module.named_parameters() if param.requires_grad]

@@ -11,8 +11,8 @@ from powertrain.config import read, structure
 from powertrain.config.options import all_options
 from powertrain.config.record import keys, open_field
 from powertrain.config.tables import CORE_TABLES
-from powertrain.errors import ConfigError
 from powertrain.discovery import installed, load
+from powertrain.errors import ConfigError
 
 LETTERS = "ax_"
 
