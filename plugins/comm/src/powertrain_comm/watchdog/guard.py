@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from powertrain_comm.watchdog.blackbox import BlackBox, read
 from powertrain_comm.watchdog.board import HOST, Board, BoardLost
 from powertrain_comm.watchdog.diagnosis import State, find_divergence
 from powertrain_comm.watchdog.records import Ledger, Record
+from powertrain_comm.watchdog.termination import Termination
 from powertrain_comm.watchdog.verdict import Verdict, judge, raised
 
 TICK = 0.25
@@ -96,6 +98,7 @@ class Guard:
         self._let_go = threading.Lock()
         self._rings = 0
         self._published = -1
+        self._termination = Termination()
         self._heard: Mapping[int, State] = {}
         self._thread = threading.Thread(target=self._run, name="powertrain watchdog", daemon=True)
         self._thread.start()
@@ -135,6 +138,7 @@ class Guard:
         self._wake.set()
         atexit.unregister(self.close)
         self._thread.join(LINGER)
+        self._termination.close()
         self._box.close()
         with contextlib.suppress(BoardLost):
             if self._board is None:
@@ -171,6 +175,8 @@ class Guard:
         board = self._board
         oldest = self._ledger.oldest()
         age = time.monotonic() - oldest.started if oldest else 0.0
+        if self._trouble is None and self._termination.asked:
+            self._end(oldest)
         if board is not None:
             self._look(board)
             if self._verdict is not None or self._board is None:
@@ -233,6 +239,8 @@ class Guard:
         states[self._rank] = self._mine()
         entry = states[self._rank].waiting() if stalled is not None else None
         verdict = judge(self._mesh, states, stalled=entry, rank=self._rank, timeout=self._timeout)
+        if verdict is not None and self._termination.asked and all(states[r].left for r in verdict.absent):
+            verdict = None if verdict.kind == "lost" else verdict  # all ranks are being ended, and some were faster
         if verdict is None:
             if board is not None:
                 board.count("closed", 1)
@@ -242,6 +250,25 @@ class Guard:
             verdict = _parse(board.first("verdict", attrs.asdict(verdict))[1])
             board.count("bell", 1)
         self._obey(verdict)
+
+    def _end(self, oldest: Record | None) -> None:
+        """Being ended by SIGTERM, say why if another rank's end left this one in a collective, and go."""
+        if oldest is not None:
+            self._inquire(None)
+        if self._verdict is not None or self._trouble is not None:
+            return
+        board = self._board
+        with contextlib.suppress(BoardLost):
+            if board is not None:
+                board.write(f"left/{self._rank}")
+                board.count("bell", 1)
+                self._release(board)
+                if self._rank == HOST:
+                    board.until(lambda: self._all_released(board), 2 * LAST_WORDS)
+        Path(self._boxes[self._rank]).unlink(missing_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGTERM)
 
     def _all_answered(self, board: Board, number: int) -> bool:
         if board.read("verdict") is not None:
