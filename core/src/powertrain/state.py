@@ -99,7 +99,8 @@ def snapshot(engine: Engine, client_state: dict[str, Any] | None) -> Snapshot:
     """
     context = engine.context
     tensors = list(engine.optimizer_wrapper.tensors())
-    for name, buffer in _buffers(engine.module):
+    # Buffers may differ between data ranks (the statistics of BatchNorm): those of the first belong together.
+    for name, buffer in _buffers(engine.module) if context.mesh.index("data") == 0 else ():
         tensors.append(TensorSlice(f"model/{name}", tuple(buffer.shape), buffer.detach().reshape(-1)))
     for kind, value in random_state.state_tensors(context).items():
         tensors.append(TensorSlice(f"rng/{context.rank.index}/{kind}", tuple(value.shape), value.reshape(-1)))
