@@ -138,8 +138,15 @@ def test_the_scale_continues_from_its_state() -> None:
 def test_a_static_scale_keeps_its_configured_value() -> None:
     """Loading into a static scale takes the counts, not the value."""
     scale = LossScale(4.0, dynamic=False, checked=True)
-    scale.load_state({"value": 512.0, "good_steps": 3, "skipped": 2})
+    scale.load_state({"dynamic": True, "value": 512.0, "good_steps": 3, "skipped": 2})
     assert (scale.value, scale.skipped) == (4.0, 2)
+
+
+def test_a_dynamic_scale_does_not_begin_at_a_static_one() -> None:
+    """A run in fp16 that continues one in fp32 begins at its own scale: at 1 the first overflow would end it."""
+    scale = LossScale.build(Precision(compute="fp16"))
+    scale.load_state(json.loads(json.dumps(LossScale.build(Precision()).state())))
+    assert scale.value == 65536.0
 
 
 def test_scaling_touches_the_gradient_only() -> None:

@@ -134,11 +134,16 @@ class LossScale:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs to continue."""
-        return {"value": self.value, "good_steps": self.good_steps, "skipped": self.skipped}
+        return {
+            "dynamic": self.dynamic,
+            "value": self.value,
+            "good_steps": self.good_steps,
+            "skipped": self.skipped,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``; a static scale keeps its configured value."""
-        if self.dynamic:
+        """Continue from ``state``; the value only from one dynamic scale to another."""
+        if self.dynamic and state["dynamic"]:
             self.value = float(state["value"])
         self.good_steps = int(state["good_steps"])
         self.skipped = int(state["skipped"])
