@@ -77,3 +77,32 @@ def test_a_mistake_on_one_rank_is_told_in_words(tmp_path: Path) -> None:
     assert "[PT400]" in done.stderr
     assert "2 = micro 2 x accumulation 1" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+WITHOUT_BLOCK = f"""
+import torch
+import powertrain
+
+config = {{"communicator": {{"timeout": {TIMEOUT}}}, "batch": {{"micro": 2}}}}
+engine = powertrain.initialize(torch.nn.Linear(4, 1), config, loss_fn=torch.nn.functional.mse_loss)
+for step in range(6):
+    if step == 3 and engine.data_rank == 1:
+        raise RuntimeError("the disk of rank one is on fire")
+    engine.train_step((torch.ones(2, 4), torch.ones(2, 1)))
+"""
+
+
+def test_the_error_is_told_to_all_without_a_with_block(tmp_path: Path) -> None:
+    """The ranks learn of an exception even where no ``with`` block ends the engine."""
+    script = tmp_path / "train.py"
+    script.write_text(WITHOUT_BLOCK)
+    command = [sys.executable, "-m", "powertrain.cli", "launch", "--nproc", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 1
+    told = done.stderr
+    assert told.count("[rank 1] Traceback") == 1
+    assert told.count("\nrank 1 raised:\nTraceback") == 1  # by rank 0
+    assert "rank 1 raised RuntimeError: the disk of rank one is on fire" in told  # the error on rank 0
+    assert "left the run" not in told
+    assert "worker.py" not in told and "runpy" not in told
+    assert "exited with code 1; its message is above" in told.splitlines()[-1]

@@ -32,21 +32,19 @@ def main(arguments: list[str]) -> int:
     """Run the script that ``arguments`` name and return the rank's exit code."""
     reports, kind, name, *rest = arguments
     _die_with_launcher()
-    rank = Rank()
+    reporter = _Reporter(Path(reports), Rank())
+    sys.excepthook = reporter.hook
     try:
-        rank = Rank.from_environment()
-        logs.configure(rank.index)
+        reporter.rank = Rank.from_environment()
+        logs.configure(reporter.rank.index)
         _run(kind, name, rest)
     except KeyboardInterrupt:
         return 130
-    except PowertrainError as error:
-        text = traceback.format_exc() if log_level() == "debug" else f"Error: {error}\n"
-        _Reporter(Path(reports), rank).tell(text, error.exit_code, brief=isinstance(error, PeerFailed))
-        return error.exit_code
     except Exception as error:
-        lines = traceback.format_exception(type(error), error, _own_frames(error.__traceback__))
-        _Reporter(Path(reports), rank).tell("".join(lines), 1)
-        return 1
+        error.__traceback__ = _own_frames(error.__traceback__)
+        # As under plain `python`: what was hooked in before the script failed learns of it, the watchdog above all.
+        sys.excepthook(type(error), error, error.__traceback__)
+        return error.exit_code if isinstance(error, PowertrainError) else 1
     return 0
 
 
@@ -77,6 +75,14 @@ class _Reporter:
         self.directory = directory
         self.attempt = variables("TORCHELASTIC_RESTART_COUNT").get("TORCHELASTIC_RESTART_COUNT", "0")
         self.rank = rank
+        self.stream = sys.stderr  # torch's own hook puts another in its place, to write the rank once more
+
+    def hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Tell ``error``, as the first link of ``sys.excepthook``: a mistake in words, a surprise by traceback."""
+        if isinstance(error, PowertrainError) and log_level() != "debug":
+            self.tell(f"Error: {error}\n", error.exit_code, brief=isinstance(error, PeerFailed))
+        else:
+            self.tell("".join(traceback.format_exception(kind, error, trace)), getattr(error, "exit_code", 1))
 
     def tell(self, text: str, code: int, *, brief: bool = False) -> None:
         """Write ``text`` on standard error unless another rank has told the same.
@@ -94,8 +100,8 @@ class _Reporter:
             lines = text.strip().splitlines()
             # The first line of words, the last one of a traceback.
             text = (lines[-1] if lines[0].startswith("Traceback") else lines[0]) + "\n"
-        sys.stderr.write(label + text)
-        sys.stderr.flush()
+        self.stream.write(label + text)
+        self.stream.flush()
 
     def _claim(self, name: str, content: str = "") -> bool:
         try:
