@@ -132,6 +132,41 @@ def test_two_losses_and_a_given_gradient(ranks: Any, world: int) -> None:
         assert plain.difference(mine, theirs) <= 1e-6
 
 
+def train_divergent_losses(bucket_bytes: int) -> dict[str, torch.Tensor]:
+    """Two backward passes of one forward, the first through another layer on each rank."""
+    model = make_odd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("powertrain.buckets.BUCKET_BYTES", bucket_bytes)
+        engine = powertrain.initialize(model, {"optimizer": {"name": "sgd", "lr": 0.1}})
+    with engine:
+        for step in range(STEPS):
+            inputs, _ = pieces_of(2)[engine.data_rank]
+            layers = [model.left, model.right] if (engine.data_rank + step) % 2 else [model.right, model.left]
+            engine((inputs, torch.full((len(inputs),), 0)))  # begins the micro-batch
+            for layer in layers:
+                (layer(model.tied(inputs)) ** 2).mean().backward()
+            assert engine.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("bucket_bytes", [64, 25 * 2**20], ids=["many buckets", "one bucket"])
+def test_several_backward_passes_that_differ_between_ranks(ranks: Any, bucket_bytes: int) -> None:
+    """Gradients that come after their bucket has left are averaged too, whichever bucket that was on which rank."""
+    model = make_odd()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for inputs, _ in pieces_of(2):
+            for layer in (model.left, model.right):
+                ((layer(model.tied(inputs)) ** 2).mean() / 2).backward()
+        optimizer.step()
+    theirs = {name: p.detach() for name, p in model.named_parameters()}
+    results = ranks(2, train_divergent_losses, bucket_bytes)
+    for mine in results:
+        assert plain.same_bits(mine, results[0])
+        assert plain.difference(mine, theirs) <= 1e-6
+
+
 def train_two_engines() -> list[dict[str, torch.Tensor]]:
     """Train a student on a teacher's outputs, both learning, in one process."""
     teacher, student = plain.make_model(1), plain.make_model(2)

@@ -66,6 +66,13 @@ class Accumulation(StepRunner):
             for _ in range(sizes.accumulation):
                 if (micro := next(batch, None)) is None:
                     return
+                if self.strict_micro and nest.samples(micro) != sizes.micro:
+                    raise BatchError(
+                        "a micro-batch has the wrong number of samples",
+                        expected=f"{sizes.micro} (batch.micro)",
+                        found=str(nest.samples(micro)),
+                        remedy="an iterator yields micro-batches; pass a whole local batch as it is",
+                    )
                 yield micro
             return
         given = nest.samples(batch)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from powertrain.layout import FlatLayout
+from powertrain.layout import FlatEntry, FlatLayout
 from powertrain.roles.communicator import Communicator, Handle
 
 BUCKET_BYTES = 25 * 2**20
@@ -23,41 +23,59 @@ BUCKET_BYTES = 25 * 2**20
 class _Slot:
     """One parameter's place in a bucket."""
 
-    def __init__(self, bucket: _Bucket, view: torch.Tensor) -> None:
+    def __init__(self, bucket: _Bucket, entry: FlatEntry, index: int) -> None:
         self.bucket = bucket
-        self.view = view
+        self.entry = entry
+        self.index = index
+        self.view = self.view_of(bucket.buffer)
         self.filled = False
         self.seen = False
+
+    def view_of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return this parameter's part of a buffer with the bucket's layout."""
+        return buffer[self.entry.start : self.entry.stop].view(self.entry.shape)
 
 
 class _Bucket:
     """Some parameters' gradients in one flat buffer, and one flag for each.
 
     The flags travel with the gradients: after the mean, a flag above zero says
-    that some rank used the parameter.
+    that some rank used the parameter. A bucket is sent once a step; gradients
+    that come later, from a second backward pass, gather in a buffer of their own.
     """
 
     def __init__(self, index: int, named: Sequence[tuple[str, torch.nn.Parameter]], buffer: torch.Tensor) -> None:
         layout = FlatLayout.build([(name, param.shape) for name, param in named])
         self.buffer = buffer
-        self.flags = buffer[layout.numel : layout.numel + len(named)]
-        self.slots = [_Slot(self, buffer[entry.start : entry.stop].view(entry.shape)) for entry in layout.entries]
+        self.late: torch.Tensor | None = None
+        self.numel = layout.numel
+        self.slots = [_Slot(self, entry, place) for place, entry in enumerate(layout.entries)]
         self.label = f"gradients, bucket {index}: {named[0][0]}"
         if len(named) > 1:
             self.label += f" to {named[-1][0]} ({len(named)} parameters)"
         self.missing = len(named)
-        self.handle: Handle | None = None
+        self.handles: list[Handle] = []
         self.sent = False
 
+    @property
+    def flags(self) -> torch.Tensor:
+        """One number a parameter: above zero where some rank has a gradient."""
+        return self.buffer[self.numel :]
+
+    def add_late(self, slot: _Slot, grad: torch.Tensor) -> None:
+        """Keep a gradient that came after the bucket was sent."""
+        if self.late is None:
+            self.late = torch.zeros_like(self.buffer)
+        slot.view_of(self.late).add_(grad)
+        self.late[self.numel + slot.index] = 1
+
     def settle(self) -> None:
-        """Wait for the mean; from then on a parameter counts as used if any rank used it."""
-        if self.handle is None:
-            return
-        self.handle.wait()
-        self.handle = None
-        if not all(slot.filled for slot in self.slots):
-            for slot, flag in zip(self.slots, self.flags.tolist(), strict=True):
-                slot.filled = flag > 0
+        """Wait for what was sent, and add what came late."""
+        while self.handles:
+            self.handles.pop().wait()
+        if self.late is not None:
+            self.buffer.add_(self.late)
+            self.late = None
 
 
 class GradientBuckets:
@@ -83,6 +101,8 @@ class GradientBuckets:
         self._buckets: list[_Bucket] = []
         self._next = 0
         self._last = True
+        self._once = False
+        self._flushed = False
         for group in _cut(named, (bucket_bytes or BUCKET_BYTES) // dtype.itemsize):
             numel = sum(param.numel() for _, param in group) + len(group)
             bucket = _Bucket(len(self._buckets), group, communicator.empty(numel, dtype))
@@ -90,37 +110,45 @@ class GradientBuckets:
             self._slots.update({param: slot for (_, param), slot in zip(group, bucket.slots, strict=True)})
         self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._slots]
 
-    def begin(self, *, first: bool, last: bool) -> None:
-        """Prepare for a micro-batch; ``first`` forgets old gradients, ``last`` lets buckets go."""
+    def begin(self, *, first: bool, last: bool, once: bool = False) -> None:
+        """Prepare for a micro-batch.
+
+        Args:
+            first: old gradients are forgotten.
+            last: buckets may be sent from now on.
+            once: no parameter will get a second gradient from another backward pass.
+        """
         self._last = last
-        self._next = 0 if first else self._next
+        self._once = once if first else self._once and once
+        if first:
+            self._next = 0
+            self._flushed = False
         for bucket in self._buckets:
+            bucket.missing = len(bucket.slots)
             if first:
                 bucket.sent = False
-            bucket.missing = len(bucket.slots)
+                bucket.late = None
             for slot in bucket.slots:
                 slot.seen = False
-                if first:
-                    slot.filled = False
+                slot.filled = slot.filled and not first
 
     def _arrived(self, param: torch.Tensor) -> None:
         """Move a gradient that autograd has just finished into its bucket."""
         slot = self._slots[param]  # type: ignore[index]
         bucket, grad = slot.bucket, param.grad
         assert grad is not None
-        if bucket.handle is not None:
-            # A second backward before the step. The mean is sent again with the
-            # addition: averaging what is already equal everywhere changes nothing.
-            bucket.settle()
-            bucket.sent = False
         if grad.is_sparse:
             grad = grad.to_dense()
+        param.grad = None
+        if bucket.sent:
+            self._once = False
+            bucket.add_late(slot, grad)
+            return
         if slot.filled:
             slot.view.add_(grad)
         else:
             slot.view.copy_(grad)
             slot.filled = True
-        param.grad = None
         if self._last and not slot.seen:
             slot.seen = True
             bucket.missing -= 1
@@ -137,29 +165,51 @@ class GradientBuckets:
                 if not slot.filled:
                     slot.view.zero_()
             bucket.flags.copy_(torch.tensor(used))
-        bucket.handle = self._communicator.all_reduce(bucket.buffer, reduction="mean", label=bucket.label)
+        bucket.handles.append(self._reduce(bucket.buffer, bucket.label))
         bucket.sent = True
 
+    def _reduce(self, buffer: torch.Tensor, label: str) -> Handle:
+        return self._communicator.all_reduce(buffer, reduction="mean", label=label)
+
     def flush(self) -> None:
-        """Send the buckets that backward did not complete."""
+        """Send the buckets that backward did not complete, and gradients that came after theirs."""
+        if self._flushed:
+            return
+        self._flushed = True
         for bucket in self._buckets:
             if not bucket.sent:
                 self._send(bucket)
         self._next = len(self._buckets)
+        if not self._once and self._any_rank_is_late():
+            for bucket in self._buckets:
+                if bucket.late is None:
+                    bucket.late = torch.zeros_like(bucket.buffer)
+                bucket.handles.append(self._reduce(bucket.late, f"late {bucket.label}"))
+
+    def _any_rank_is_late(self) -> bool:
+        """Return whether a rank had a second backward pass; which bucket it met differs between ranks."""
+        late = any(bucket.late is not None for bucket in self._buckets)
+        if self._communicator.size("data") == 1:
+            return late
+        answer = torch.full((1,), float(late), device=self._communicator.device)
+        self._communicator.all_reduce(answer, reduction="max", label="late gradients?").wait()
+        return bool(answer.item())
 
     def finish(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Send what was not sent, wait for all, and return each used parameter's mean gradient."""
         self.flush()
         for bucket in self._buckets:
             bucket.settle()
+            if all(slot.filled for slot in bucket.slots):
+                continue
+            for slot, flag in zip(bucket.slots, bucket.flags.tolist(), strict=True):
+                slot.filled = flag > 0
         return {param: slot.view for param, slot in self._slots.items() if slot.filled}
 
     def drain(self) -> None:
         """Wait for what is under way and forget it."""
         for bucket in self._buckets:
-            if bucket.handle is not None:
-                bucket.handle.wait()
-                bucket.handle = None
+            bucket.settle()
 
     def close(self) -> None:
         """Take the hooks off the parameters."""

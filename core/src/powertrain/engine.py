@@ -100,7 +100,8 @@ class Engine:
             BatchError: the batch does not have the configured size.
         """
         with self._guard():
-            self.module.train()
+            if not self.module.training:  # parts that were put into eval mode by hand stay there
+                self.module.train()
             if self._micro_batches:  # what an interrupted step left behind
                 self.optimizer_wrapper.discard()
                 self._micro_batches = 0
@@ -120,13 +121,14 @@ class Engine:
         Every rank must call it, with as many samples.
         """
         with self._guard():
-            was_training = self.module.training
+            modes = [(module, module.training) for module in self.module.modules()]
             self.module.eval()
             try:
                 loss, handle = self._mean_over_ranks(self.runner.evaluate(batch))
                 handle.wait()
             finally:
-                self.module.train(was_training)
+                for module, mode in modes:
+                    module.training = mode
             return loss
 
     def _mean_over_ranks(self, loss: torch.Tensor) -> tuple[torch.Tensor, Handle]:
@@ -144,15 +146,20 @@ class Engine:
         Gradients that flow back through what is returned carry the loss scale
         and the division by the number of micro-batches.
         """
-        self._check_open()
+        finer = not self._guarded
+        with self._guard():
+            return self._forward(batch, finer=finer)
+
+    def _forward(self, batch: Any, *, finer: bool) -> Any:
+        """Run the model; ``finer`` when the caller steps by hand and may go backward as often as it likes."""
         recipe, device = self.context.recipe, self.context.device
         training = self.module.training and torch.is_grad_enabled()
         if training:
-            if self._micro_batches == 0 and not self._guarded:
+            if self._micro_batches == 0 and finer:
                 self._start_step()
             self._micro_batches += 1
             last = self._syncing and self._micro_batches >= self.context.batch.accumulation
-            self.optimizer_wrapper.begin(last=last)
+            self.optimizer_wrapper.begin(last=last, once=not finer)
         try:
             with recipe.forward(device):
                 output = self._call(batch, device, recipe.cast_inputs)
@@ -336,13 +343,19 @@ class Engine:
 
     def close(self) -> None:
         """Finish background saves, tell the plugins, and leave the group; a second call does nothing."""
+        self._end(failed=False)
+
+    def _end(self, *, failed: bool) -> None:
         if self._closed:
             return
         self._closed = True
         try:
             for store in self._stores.values():
-                for tag in store.wait():
-                    self._announce(store, tag)
+                if failed:  # other ranks may be gone: nothing may wait for them
+                    store.abandon()
+                else:
+                    for tag in store.wait():
+                        self._announce(store, tag)
                 store.close()
         finally:
             try:
@@ -362,7 +375,7 @@ class Engine:
             self.context.communicator.report(error)
             # Background saves may still fail; the error that ends the block is the one to show.
             try:
-                self.close()
+                self._end(failed=True)
             except Exception:
                 _log.exception("closing after an error failed as well")
             return

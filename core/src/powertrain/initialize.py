@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from powertrain import config as configuration
-from powertrain import optimizers, random_state, schedule
+from powertrain import optimizers, random_state, schedule, state
 from powertrain.accumulation import Accumulation
 from powertrain.call import ModelCall
 from powertrain.config import BatchSizes, Config
@@ -21,9 +23,11 @@ from powertrain.environment import Rank
 from powertrain.errors import (
     AcceleratorError,
     CommunicatorMissing,
+    ConfigError,
     DataError,
     OptimizerError,
     PluginConflict,
+    PrecisionError,
 )
 from powertrain.mesh import Mesh
 from powertrain.plugin import Plugin
@@ -116,6 +120,7 @@ def _build(
     scheduler: Any,
 ) -> Engine:
     """Put the parts together once the ranks are connected."""
+    agree_on_config(settings, communicator)
     context = Context(
         config=settings,
         rank=rank,
@@ -127,13 +132,15 @@ def _build(
         recipe=Recipe.build(settings.precision, accelerator),
         hooks=hooks,
     )
+    if settings.checkpoint.every is not None:
+        state.open_store(context, state.checkpoint_uri(settings, None)).close()  # refused now, not hours later
     random_state.seed_all(context, settings.run.seed)
     model.to(device)
     broadcast_from_first(model, communicator)
     for name in hooks.transforms():
         transformed = hooks.call(name, "transform_model", model=model, context=context)
         model = model if transformed is None else transformed
-    convert_buffers(model, context.recipe)
+    prepare_formats(model, context.recipe)
     inner = make_optimizer(model, optimizer, settings, hooks)
     wrapper: OptimizerWrapper | None = hooks.one("wrap_optimizer", model=model, optimizer=inner, context=context)
     wrapper = wrapper or ReplicatedOptimizer(model, inner, context)
@@ -235,14 +242,57 @@ def broadcast_from_first(model: torch.nn.Module, communicator: Communicator) -> 
             tensor.detach().copy_(target)
 
 
-def convert_buffers(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Convert floating-point buffers to the format of the parameters, as ``model.to(dtype)`` would."""
-    if recipe.parameters == torch.float32:
-        return
+def prepare_formats(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Convert floating-point buffers to the format of the parameters, as ``model.to(dtype)`` would.
+
+    The parameters themselves are left to the optimizer wrapper, which first
+    makes master copies of them.
+
+    Raises:
+        PrecisionError: a parameter is complex, which no recipe covers.
+    """
+    found = set()
+    for name, param in model.named_parameters():
+        if param.is_complex():
+            raise PrecisionError(
+                "the model has a complex parameter", where=name, remedy="keep real and imaginary part as two parameters"
+            )
+        found.add(param.dtype)
+    if unusual := {dtype for dtype in found if dtype.is_floating_point} - {torch.float32, recipe.parameters}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in unusual))
+        _log.warning("the model's %s parameters are converted: %s", names, recipe)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
+            if buffer.is_floating_point() and buffer.dtype != recipe.parameters:
                 setattr(module, name, buffer.to(recipe.parameters))
+
+
+def agree_on_config(settings: Config, communicator: Communicator) -> None:
+    """Compare the configuration between the ranks.
+
+    Raises:
+        ConfigError: a value differs, on every rank and with every such value.
+    """
+    if communicator.world_size == 1:
+        return
+    values = {
+        f"{section}.{key}": value for section, table in settings.effective().items() for key, value in table.items()
+    }
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    if len(set(communicator.gather_json(digest, label="configuration"))) == 1:
+        return
+    every = communicator.gather_json(values, label="configuration")
+    problems = []
+    for path in sorted({path for one in every for path in one}):
+        found = [one.get(path) for one in every]
+        if any(value != found[0] for value in found):
+            other = next(rank for rank, value in enumerate(found) if value != found[0])
+            problems.append(f"{path}: {found[0]!r} on rank 0, {found[other]!r} on rank {other}")
+    raise ConfigError(
+        "the ranks have different configurations",
+        problems=tuple(problems),
+        remedy="give every rank the same file, --set and POWERTRAIN__ variables",
+    )
 
 
 def make_optimizer(

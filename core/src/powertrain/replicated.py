@@ -49,14 +49,14 @@ class ReplicatedOptimizer(OptimizerWrapper):
             self._buckets = GradientBuckets(backward_order, context.communicator, recipe.reduce)
         self._first = True
 
-    def begin(self, *, last: bool) -> None:
+    def begin(self, *, last: bool, once: bool = False) -> None:
         """Prepare for a micro-batch; the first one after a step drops the old gradients."""
         if self._first:
             for param, master in self._masters.items():
                 param.grad = None
                 master.grad = None
         if self._buckets is not None:
-            self._buckets.begin(first=self._first, last=last)
+            self._buckets.begin(first=self._first, last=last, once=once)
         self._first = False
 
     def flush(self) -> None:

@@ -145,5 +145,12 @@ class CheckpointStore(ABC):
     def prune(self, keep: int) -> None:
         """Delete all but the newest ``keep`` complete checkpoints."""
 
+    def abandon(self) -> None:
+        """Give up, within seconds, what other ranks may never finish: the run has failed. ``close`` follows.
+
+        Called on the ranks that still can, in no order; it must use no collective.
+        Complete checkpoints stay as they are.
+        """
+
     def close(self) -> None:
         """Wait for what is under way and release threads."""

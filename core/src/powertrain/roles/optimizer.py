@@ -56,8 +56,13 @@ class OptimizerWrapper(ABC):
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def begin(self, *, last: bool) -> None:
-        """Prepare for the next micro-batch's backward passes; ``last`` ends the accumulation."""
+    def begin(self, *, last: bool, once: bool = False) -> None:
+        """Prepare for the next micro-batch's backward passes.
+
+        Args:
+            last: it ends the accumulation, so reductions may start.
+            once: it will have one backward pass; otherwise gradients may come after reductions have started.
+        """
 
     def flush(self) -> None:
         """Start the reductions that backward has not started, in an order that all ranks share.
