@@ -72,8 +72,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def continue_text(self, prompt: str, length: int, temperature: float, seed: int) -> str:
         """Return ``prompt`` and ``length`` sampled bytes after it."""
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.tensor([list(prompt.encode())])
+        device = self.head.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        tokens = torch.tensor([list(prompt.encode())], device=device)
         for _ in range(length):
             scores = self.logits(tokens[:, -self.sequence :])[0, -1].float() / temperature
             tokens = torch.cat([tokens, torch.multinomial(scores.softmax(0), 1, generator=generator)[None]], 1)

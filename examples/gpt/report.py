@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -42,8 +43,8 @@ class Report:
         self.console = Console(file=sys.stderr)
         self.live = show and self.console.is_terminal
         self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=8),
             _Facts(),
             TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
@@ -53,6 +54,7 @@ class Report:
         self._task = self._progress.add_task("train", total=steps, completed=start)
         self._began = self._mark = time.perf_counter()
         self._validation: float | None = None
+        self._facts = "{}"
 
     def __enter__(self) -> Report:
         self._progress.start()
@@ -75,20 +77,23 @@ class Report:
         now = time.perf_counter()
         rate, self._mark = tokens / (now - self._mark), now
         self._write({"step": step, **figures, "tokens_per_second": round(rate), "memory_mb": memory >> 20})
-        facts = f"loss {figures['loss']:.3f}"
-        if self._validation is not None:
-            facts += f" · val {self._validation:.3f}"
-        facts += f" · {rate:,.0f} tok/s · {memory >> 20} MB"
-        self._progress.update(self._task, completed=step, facts=facts)
-        if not self.live and (step % 50 == 0 or step == self.steps):
-            left = (now - self._began) / max(1, step - self.start) * (self.steps - step)
-            self.say(f"step {step}/{self.steps} · {facts} · ETA {left:.0f} s")
+        self._facts = f"loss {figures['loss']:.3f}{{}} · {rate / 1e3:.1f}k tok/s · {memory >> 20} MB"
+        self._progress.update(self._task, completed=step, facts=self._line())
+        if not self.live and step % 25 == 0 and step != self.steps:
+            left = timedelta(seconds=round((now - self._began) / max(1, step - self.start) * (self.steps - step)))
+            self.say(f"step {step}/{self.steps} · {self._line()} · ETA {left}")
+
+    def _line(self) -> str:
+        return self._facts.format("" if self._validation is None else f" · val {self._validation:.3f}")
 
     def validation(self, step: int, loss: float) -> None:
         """Record a validation loss."""
         self._validation = loss
         if self.show:
             self._write({"step": step, "validation_loss": loss})
+            self._progress.update(self._task, facts=self._line())
+            if not self.live:
+                self.say(f"step {step}/{self.steps} · validation loss {loss:.3f}")
         self._mark = time.perf_counter()
 
     def _write(self, row: dict[str, float]) -> None:

@@ -23,11 +23,17 @@ VALIDATE_EVERY = 50
 class StopRequest:
     """Notes Ctrl-C or a polite kill, and lets all ranks agree on the step to stop after."""
 
-    def __init__(self, engine: powertrain.Engine) -> None:
+    def __init__(self, engine: powertrain.Engine, report: Report) -> None:
         self._communicator = engine.context.communicator
+        self._report = report
         self._wanted = torch.zeros(1, device=engine.context.device)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._wanted.fill_(1))
+            signal.signal(number, self._note)
+
+    def _note(self, *_: object) -> None:
+        if not self._wanted:
+            self._report.say("stopping after this step, and saving …")
+        self._wanted.fill_(1)
 
     def agreed(self) -> bool:
         """Return whether any rank was asked to stop; every rank must call it."""
@@ -50,7 +56,7 @@ def validate(engine: powertrain.Engine, dataset: TokenDataset, batch: int) -> fl
 def train(engine: powertrain.Engine, validation: TokenDataset, report: Report, steps: int) -> bool:
     """Train up to step ``steps``; return False when somebody asked to stop before."""
     sizes, context = engine.context.batch, engine.context
-    stop = StopRequest(engine)
+    stop = StopRequest(engine, report)
     with report:
         if engine.global_step == 0:
             report.validation(0, validate(engine, validation, sizes.micro))
@@ -99,7 +105,8 @@ def main() -> None:
         if resumed:
             report.say(f"resumed from {resumed}")
         finished = train(engine, TokenDataset(corpus.validation, SEQUENCE), report, steps)
-        if engine.global_step > report.start:
+        every = engine.context.config.checkpoint.every
+        if engine.global_step > report.start and (every is None or engine.global_step % every):
             engine.save_checkpoint()
         if engine.context.rank.index == 0:
             finish(engine, report, output, finished=finished)
@@ -125,7 +132,7 @@ def finish(engine: powertrain.Engine, report: Report, output: Path, *, finished:
     if not finished:
         print(f"stopped at step {engine.global_step}, saved; the same command goes on from there")
     elif report.start == report.steps:
-        print('nothing was left to train; for more: make train ARGS="--set scheduler.steps=2000"')
+        print('nothing was left to train; for more: make train ARGS="--set scheduler.steps=1000"')
 
 
 if __name__ == "__main__":
