@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import powertrain_checkpoint.store
 from powertrain.errors import CheckpointError, CheckpointWriteFailed
 from powertrain.roles.checkpoint import Snapshot, TensorSlice
 from powertrain_checkpoint import directory, manifest, shard
@@ -268,6 +269,28 @@ def test_a_silent_rank_is_given_up(outcomes, tmp_path, monkeypatch):
     assert isinstance(first, CheckpointWriteFailed)
     assert "rank 1" in str(first)
     assert isinstance(second, CheckpointWriteFailed)
+
+
+def test_an_abandoned_save_ends_soon(outcomes, on_ranks, tmp_path, monkeypatch):
+    """``abandon`` gives up a save that waits for a dead rank long before the patience ends; complete ones stay."""
+    monkeypatch.setattr(powertrain_checkpoint.store, "_GRACE", 0.3)
+
+    def work(communicator):
+        store = DirectoryStore(tmp_path, communicator)
+        save(store, communicator, "good", 1)
+        if communicator.rank == 1:  # it dies: its part never comes
+            monkeypatch.setattr(store._background, "start", lambda tag, work: None)
+        save(store, communicator, "bad", 2, asynchronous=True)
+        if communicator.rank == 0:
+            store.abandon()
+            store.close()
+
+    first, _ = outcomes(2, work)
+    assert isinstance(first, CheckpointWriteFailed)
+    assert "nothing was heard from rank 1" in str(first)
+    assert on_ranks(1, lambda c: (DirectoryStore(tmp_path, c).tags(), content(DirectoryStore(tmp_path, c)))) == [
+        (["good"], 1)
+    ]
 
 
 def test_a_file_size_limit_is_reported_with_its_path(outcomes, tmp_path):

@@ -37,11 +37,17 @@ class Background:
         """Count ``tag`` as finished, after it was saved without the thread."""
         self._finished.append(tag)
 
-    def join(self) -> None:
-        """Wait for the work under way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for the work under way, at most ``seconds``; what takes longer is left to itself.
+
+        Raises:
+            TimeoutError: it takes longer.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(seconds)
+            if thread.is_alive():
+                raise TimeoutError(f"{thread.name} was not finished in {seconds} s")
 
     def check(self) -> None:
         """Raise what failed since the last call, once."""

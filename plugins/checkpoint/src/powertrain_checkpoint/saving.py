@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,26 @@ _log = logging.getLogger("powertrain.checkpoint")
 _VERDICT = "failed"
 
 
+class Patience:
+    """How long saves wait for a sign of the other ranks; it may be cut short while one waits.
+
+    Args:
+        seconds: without any sign of progress, after which the others are taken for dead.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._cut = -math.inf
+
+    def cut(self, seconds: float) -> None:
+        """Wait at most ``seconds`` from now on: this process ends, and others may have ended already."""
+        self.seconds, self._cut = min(self.seconds, seconds), time.monotonic()
+
+    def ended(self, since: float) -> bool:
+        """Return whether silence since ``since`` (of ``time.monotonic``) has lasted too long."""
+        return time.monotonic() - max(since, self._cut) > self.seconds
+
+
 @attrs.frozen(kw_only=True)
 class Save:
     """A save that has been planned.
@@ -44,7 +65,7 @@ class Save:
         created: when it began, later than every other checkpoint here.
         values: JSON that all ranks share.
         rank_values: JSON of this rank.
-        patience: seconds without any sign of progress after which the others are taken for dead.
+        patience: how long to wait for the others.
     """
 
     workplace: Workplace
@@ -54,7 +75,7 @@ class Save:
     created: float
     values: Mapping[str, Any]
     rank_values: Mapping[str, Any]
-    patience: float
+    patience: Patience
 
     @property
     def nbytes(self) -> int:
@@ -159,9 +180,10 @@ class Save:
             pause = min(2 * pause, 0.1)
             if (size := self._written()) != seen:
                 seen, since = size, time.monotonic()
-            elif time.monotonic() - since > self.patience:
+            elif self.patience.ended(since):
                 raise CheckpointWriteFailed(
-                    f"nothing was heard from {whom} for {self.patience:.0f} s while {self.target.name} was saved",
+                    f"nothing was heard from {whom} for {self.patience.seconds:.0f} s "
+                    f"while {self.target.name} was saved",
                     where=str(self.workplace.path),
                     remedy="all ranks must see the same directory; see whether that rank is alive",
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from powertrain_checkpoint.directory import Workplace
 from powertrain_checkpoint.manifest import Manifest
 from powertrain_checkpoint.planning import Plan, describe, plan_save
 from powertrain_checkpoint.reader import DirectoryReader
-from powertrain_checkpoint.saving import Save
+from powertrain_checkpoint.saving import Patience, Save
 from powertrain_checkpoint.shard import check_size
 from powertrain_checkpoint.staging import Staging, in_place
 from powertrain_checkpoint.verdict import together
@@ -28,6 +29,11 @@ from powertrain_checkpoint.verdict import together
 if TYPE_CHECKING:
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.communicator import Communicator
+
+_log = logging.getLogger("powertrain.checkpoint")
+
+_GRACE = 5.0
+"""Seconds that an ending process still waits for ranks that give no sign of life."""
 
 
 @attrs.frozen
@@ -64,12 +70,12 @@ class DirectoryStore(CheckpointStore):
     ) -> None:
         self._root = root.absolute()
         self._communicator = communicator
-        self._patience = patience
+        self._patience = Patience(patience)
         self._staging = Staging(accelerator)
         self._background = Background()
         self._planned: tuple[str, Plan] | None = None
         # A program that ends without ``close`` still gets its last checkpoint.
-        weakref.finalize(self, self._background.join)
+        weakref.finalize(self, _end, self._background, self._patience)
 
     # --- saving --------------------------------------------------------------------
 
@@ -121,6 +127,17 @@ class DirectoryStore(CheckpointStore):
         """
         self._background.join()
         self._background.check()
+
+    def abandon(self) -> None:
+        """Give up a save under way that does not end within seconds; a process without peers sees it through.
+
+        The checkpoints that are complete stay as they are.
+        """
+        self._patience.cut(_GRACE)
+        try:
+            self._background.join(None if self._communicator.world_size == 1 else _GRACE + 1)
+        except TimeoutError as error:
+            _log.error("%s: it was given up", error)
 
     def _prepare(self, tag: str, snapshot: Snapshot) -> Save:
         """Meet the other ranks: agree on a place to write and on who writes what."""
@@ -232,6 +249,12 @@ class DirectoryStore(CheckpointStore):
         for file in found.files[self._communicator.rank :: self._communicator.world_size]:
             check_size(path / file.name, file.size)
         return found
+
+
+def _end(background: Background, patience: Patience) -> None:
+    """See a save through at the end of a program that did not close its store."""
+    patience.cut(_GRACE)
+    background.join()
 
 
 def _check_json(what: str, value: Any, path: str = "") -> None:
