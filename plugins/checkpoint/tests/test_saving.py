@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -242,6 +244,30 @@ def test_an_unasked_failure_is_raised_by_the_next_save_on_every_rank(outcomes, t
     for error in outcomes(2, work):
         assert isinstance(error, CheckpointWriteFailed)
         assert "checkpoint c was not saved" in str(error)
+
+
+def test_a_failure_that_nobody_can_ask_about_is_told(tmp_path):
+    """A program that ends without closing its store says on stderr that its last save failed."""
+    script = f"""
+import torch
+from pathlib import Path
+from powertrain.mesh import Mesh
+from powertrain.roles.checkpoint import Snapshot, TensorSlice
+from powertrain.roles.communicator import SingleProcess
+from powertrain_checkpoint import shard
+from powertrain_checkpoint.store import DirectoryStore
+
+def write(*arguments):
+    raise OSError(28, "No space left on device")
+
+shard.write = write
+store = DirectoryStore(Path({str(tmp_path)!r}), SingleProcess(Mesh.build(1, 0), torch.device("cpu")))
+snapshot = Snapshot(tensors=[TensorSlice("x", (3,), torch.ones(3))], values={{}}, rank_values={{}})
+store.save("last", snapshot, asynchronous=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "checkpoint last was not saved" in done.stderr
+    assert "No space left on device" in done.stderr
 
 
 def test_a_silent_rank_is_given_up(outcomes, tmp_path, monkeypatch):

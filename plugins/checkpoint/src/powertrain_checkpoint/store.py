@@ -252,9 +252,16 @@ class DirectoryStore(CheckpointStore):
 
 
 def _end(background: Background, patience: Patience) -> None:
-    """See a save through at the end of a program that did not close its store."""
+    """See a save through at the end of a program that did not close its store, and tell if it failed."""
     patience.cut(_GRACE)
     background.join()
+    while True:
+        try:
+            background.check()
+        except Exception as error:  # nobody is left to raise it to
+            _log.error("%s", error)
+        else:
+            return
 
 
 def _check_json(what: str, value: Any, path: str = "") -> None:
