@@ -624,3 +624,50 @@ def test_a_torch_schedulers_position_is_saved(tmp_path: Path) -> None:
             engine.train_step(batch())
             rates.append(engine.learning_rate)
     assert rates == pytest.approx([1e-4, 1e-5, 1e-5])
+
+
+def test_a_schedule_of_another_kind_loads_nothing(tmp_path: Path) -> None:
+    """A torch scheduler refuses a checkpoint made without it before anything changes; a closed form continues."""
+    with start() as engine:
+        for _ in range(3):
+            engine.train_step(batch())
+        engine.save_checkpoint(str(tmp_path))
+    with start(scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=2)) as engine:
+        before = weights(engine)
+        with pytest.raises(CheckpointMismatch, match="made with another schedule"):
+            engine.load_checkpoint(str(tmp_path))
+        assert same(weights(engine), before)
+        assert engine.global_step == 0
+    table = {"optimizer": {"lr": 0.1}, "scheduler": {"name": "linear", "steps": 10}}
+    with start(table) as engine:
+        engine.load_checkpoint(str(tmp_path))
+        assert engine.learning_rate == pytest.approx(0.1 * 0.7)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=20),
+        partial(torch.optim.lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=4),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+@pytest.mark.parametrize(
+    "table", [{"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"name": "adamw"}], ids=["sgd", "adamw"]
+)
+def test_a_cycled_momentum_goes_on(tmp_path: Path, table: dict[str, Any], scheduler: Any) -> None:
+    """Schedulers that cycle momentum or betas resume bit-equal, also when saved again at once."""
+    config = {"optimizer": table}
+    with start(config, scheduler=scheduler) as engine:
+        for _ in range(3):
+            engine.train_step(batch())
+        engine.save_checkpoint(str(tmp_path / "first"))
+        engine.train_step(batch())
+        expected = weights(engine)
+    with start(config, scheduler=scheduler) as engine:
+        engine.load_checkpoint(str(tmp_path / "first"))
+        engine.save_checkpoint(str(tmp_path / "second"))
+    with start(config, scheduler=scheduler) as engine:
+        engine.load_checkpoint(str(tmp_path / "second"))
+        engine.train_step(batch())
+        assert same(weights(engine), expected)

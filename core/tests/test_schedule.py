@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from powertrain import schedule
-from powertrain.errors import SchedulerError
+from powertrain.errors import CheckpointMismatch, SchedulerError
 
 LR = 0.5
 
@@ -161,7 +161,7 @@ def test_schedules_continue_from_their_state(name: str) -> None:
     for _ in range(4):
         old_update.step()
         old.advance()
-    new.load_state(json.loads(json.dumps(old.state())))
+    new.load_state(json.loads(json.dumps(old.state())), 4)
     for _ in range(6):
         assert [g["lr"] for g in new_update.param_groups] == [g["lr"] for g in old_update.param_groups]
         for update, plan in ((old_update, old), (new_update, new)):
@@ -177,8 +177,31 @@ def test_a_changed_rate_takes_effect_on_resume() -> None:
     new = SCHEDULES["cosine"](new_update)
     for _ in range(4):
         old.advance()
-    new.load_state(old.state())
+    new.load_state(old.state(), 4)
     assert new_update.param_groups[0]["lr"] == pytest.approx(10 * old.optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("before", [None, "cosine", "StepLR"])
+def test_closed_forms_continue_any_schedule(before: str | None) -> None:
+    """A closed form goes on at the number of applied updates, whatever set the rate before."""
+    expected = rates("cosine", {"steps": 10, "warmup": 0, "final": 0.0}, 6)
+    update = optimizer()
+    plan = schedule.build("cosine", {"steps": 10, "warmup": 0, "final": 0.0}, update)
+    saved = None if before is None else SCHEDULES[before](optimizer()).state()
+    plan.check(saved)
+    plan.load_state(saved, 5)
+    assert update.param_groups[0]["lr"] == expected[5]
+
+
+@pytest.mark.parametrize("before", [None, "cosine", "LambdaLR"])
+def test_a_torch_scheduler_continues_its_own_class_only(before: str | None) -> None:
+    """A torch scheduler refuses another's state, a closed form's or none, and says what was there."""
+    saved = None if before is None else SCHEDULES[before](optimizer()).state()
+    with pytest.raises(CheckpointMismatch, match="which a StepLR cannot continue") as caught:
+        SCHEDULES["StepLR"](optimizer()).check(saved)
+    names = {None: "no schedule", "cosine": "closed form", "LambdaLR": "torch.optim.lr_scheduler.LambdaLR"}
+    assert caught.value.found == names[before]
+    SCHEDULES["StepLR"](optimizer()).check(SCHEDULES["StepLR"](optimizer()).state())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from powertrain.errors import SchedulerError
+from powertrain.errors import CheckpointMismatch, SchedulerError
 
 Factor = Callable[[int], float]
 
@@ -29,15 +29,28 @@ class Schedule(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return the position as JSON."""
+        """Return as JSON the kind of schedule, and what it needs beside the number of applied updates."""
 
     @abstractmethod
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``, with the learning rates of the present configuration."""
+    def check(self, state: dict[str, Any] | None) -> None:
+        """Change nothing; ``state`` is None where the run that saved had no schedule.
+
+        Raises:
+            CheckpointMismatch: it cannot continue from ``state``.
+        """
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any] | None, updates: int) -> None:
+        """Continue after ``updates`` applied updates, with the learning rates of the present configuration.
+
+        Args:
+            state: what ``check`` has passed.
+            updates: how many updates the run that saved had applied.
+        """
 
 
 class FactorSchedule(Schedule):
-    """A schedule in closed form: the position is all its state."""
+    """A schedule in closed form: it continues from any other, for the number of updates is all its state."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Factor) -> None:
         self.optimizer = optimizer
@@ -57,12 +70,15 @@ class FactorSchedule(Schedule):
         self._apply()
 
     def state(self) -> dict[str, Any]:
-        """Return the position."""
-        return {"step": self.step}
+        """Return the kind; the number of updates is the checkpoint's own."""
+        return {"kind": "closed form"}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``."""
-        self.step = int(state["step"])
+    def check(self, state: dict[str, Any] | None) -> None:
+        """Do nothing: every state will do."""
+
+    def load_state(self, state: dict[str, Any] | None, updates: int) -> None:
+        """Continue after ``updates`` applied updates."""
+        self.step = updates
         self._apply()
 
 
@@ -77,19 +93,26 @@ class TorchSchedule(Schedule):
                 remedy="make it yourself on engine.optimizer_wrapper.optimizer, and call its step(metric) yourself",
             )
         self.scheduler = scheduler
+        self._written: set[str] = set()  # keys of the groups, beside the rate, that its steps have changed
 
     def advance(self) -> None:
         """Go on by one applied update."""
+        groups = self.scheduler.optimizer.param_groups
+        before = [_numbers(group) for group in groups]
         self.scheduler.step()
+        for group, old in zip(groups, before, strict=True):
+            self._written |= {key for key, value in _numbers(group).items() if value != old.get(key)}
 
     def state(self) -> dict[str, Any]:
-        """Return the scheduler's own state.
+        """Return the scheduler's own state, and what it has set in the groups beside the rate.
+
+        Some cycle the momentum as well (OneCycleLR, CyclicLR), and write it in ``step`` only.
 
         Raises:
             SchedulerError: it is not JSON.
         """
         try:
-            state: dict[str, Any] = json.loads(json.dumps(self.scheduler.state_dict()))
+            inner: dict[str, Any] = json.loads(json.dumps(self.scheduler.state_dict()))
         except TypeError as error:
             raise SchedulerError(
                 f"the state of {type(self.scheduler).__name__} cannot be saved",
@@ -97,14 +120,58 @@ class TorchSchedule(Schedule):
                 found=str(error),
                 remedy="use a scheduler whose state_dict holds numbers, strings, lists and dicts",
             ) from error
-        return state
+        groups = [
+            {key: value for key, value in _numbers(group).items() if key in self._written}
+            for group in self.scheduler.optimizer.param_groups
+        ]
+        return {"kind": self.kind, "scheduler": inner, "groups": groups}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    @property
+    def kind(self) -> str:
+        """The dotted path of the scheduler's class."""
+        return f"{type(self.scheduler).__module__}.{type(self.scheduler).__qualname__}"
+
+    def check(self, state: dict[str, Any] | None) -> None:
+        """Compare the class.
+
+        Raises:
+            CheckpointMismatch: ``state`` is of another class, or there is none.
+        """
+        found = state["kind"] if state is not None else "no schedule"
+        if found != self.kind:
+            name = type(self.scheduler).__name__
+            raise CheckpointMismatch(
+                f"the checkpoint was made with another schedule, which a {name} cannot continue",
+                where="scheduler",
+                expected=f"the state of a {self.kind}",
+                found=found,
+                remedy="train with the schedule of the checkpoint, or with one of the core's own, which continue any",
+            )
+        assert state is not None
+        own, saved = len(self.scheduler.optimizer.param_groups), len(state["groups"])
+        if own != saved:
+            raise CheckpointMismatch(
+                "the checkpoint was made with another number of parameter groups",
+                where="optimizer",
+                expected=f"{saved} groups",
+                found=f"{own} groups",
+            )
+
+    def load_state(self, state: dict[str, Any] | None, updates: int) -> None:
         """Continue from ``state``."""
-        self.scheduler.load_state_dict(_alike(state, self.scheduler.state_dict()))
+        assert state is not None  # check has refused it
+        self.scheduler.load_state_dict(_alike(state["scheduler"], self.scheduler.state_dict()))
         # torch writes learning rates in step() only.
-        for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+        groups = self.scheduler.optimizer.param_groups
+        for group, rate, written in zip(groups, self.scheduler.get_last_lr(), state["groups"], strict=True):
             group["lr"] = rate
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in written.items()})
+            self._written |= set(written)
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what a scheduler may write in a group beside the rate: numbers, and tuples of them such as betas."""
+    return {key: value for key, value in group.items() if key != "lr" and isinstance(value, (int, float, tuple))}
 
 
 def _alike(saved: Any, own: Any) -> Any:

@@ -137,27 +137,29 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
     """Fill the engine from a checkpoint; nothing is changed when the model does not match.
 
     Raises:
-        CheckpointMismatch: parameters or buffers differ in name or shape.
+        CheckpointMismatch: parameters or buffers differ in name or shape, or the kind of schedule differs.
         DataError: the sampler cannot continue from the saved position.
     """
     module, context = engine.module, engine.context
     check_names(engine, reader)
     values = reader.values
     # What can still be refused comes before anything of the model changes.
+    if engine.schedule is not None:
+        engine.schedule.check(values["schedule"])
     if engine.loader is not None and values["sampler"] is not None:
         engine.loader.sampler.load_state(values["sampler"])
     loaded = engine.optimizer_wrapper.load(reader)
     buffers = [(f"model/{name}", buffer) for name, buffer in _buffers(module)]
     fill(reader, buffers)
     engine.global_step = int(values["step"])
-    if engine.schedule is not None and values["schedule"] is not None:
-        engine.schedule.load_state(values["schedule"])
-    elif engine.schedule is None:
+    engine.loss_scale.load_state(values["loss_scale"])
+    if engine.schedule is not None:
+        engine.schedule.load_state(values["schedule"], engine.global_step - engine.skipped_steps)
+    else:
         for group, saved in zip(engine.optimizer_wrapper.optimizer.param_groups, values["groups"], strict=False):
             # Without a schedule the learning rate belongs to whoever set it last.
             if "lr" in saved and not context.config.is_stated("optimizer.lr"):
                 group["lr"] = saved["lr"]
-    engine.loss_scale.load_state(values["loss_scale"])
     _restore_random(context, reader, engine.global_step)
     engine.client_state = dict(values["client"])
     trainable = [name for name, param in module.named_parameters() if param.requires_grad]
