@@ -66,7 +66,8 @@ class Registry:
                 raise HookInvalid(
                     f"plugin {plugin.name!r} implements a hook that does not exist: {unknown}",
                     where=f"{where}.{unknown}",
-                    remedy=f"known hooks: {', '.join(specs)}{did_you_mean(unknown, specs)}",
+                    expected=f"one of {', '.join(specs)}",
+                    remedy=f"rename it, or drop @hookimpl{did_you_mean(unknown, specs)}",
                 ) from error
             raise HookInvalid(
                 f"a hook of plugin {plugin.name!r} does not match its specification",

@@ -21,7 +21,7 @@ _RANKS = click.option(
     "--ranks", type=click.IntRange(min=1), metavar="N", help="Check the batch sizes for this many data ranks."
 )
 _SET = click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key: zero.stage=2. May be repeated."
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key: batch.micro=4. May be repeated."
 )
 
 

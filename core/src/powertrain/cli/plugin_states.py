@@ -11,6 +11,7 @@ from powertrain import discovery, environment
 from powertrain.discovery import Installed
 from powertrain.errors import PluginBroken, PluginConflict, PluginError, PluginIncompatible
 from powertrain.plugin import Plugin
+from powertrain.registry import Registry
 
 Condition = Literal["available", "disabled", "broken", "conflict", "incompatible"]
 
@@ -114,6 +115,8 @@ def _state(entry: Installed, known: dict[str, Installed], probe: bool) -> Plugin
         try:
             kind = _load(entry, known)
             plugin = construct(kind, entry)
+            if plugin is not None:
+                Registry([plugin])  # a misspelt hook is found here, not in the first run
             why = _when(entry)
             if probe and "accelerator" in entry.roles and plugin is not None:
                 device = _probe(plugin)

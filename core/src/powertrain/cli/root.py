@@ -79,5 +79,5 @@ def _leave_out(ctx: click.Context, _option: click.Parameter, names: tuple[str, .
     help="Leave this plugin out, here and in every process started from here; may be repeated.",
 )
 def cli() -> None:
-    """Train and serve models that do not fit, composed from plugins."""
+    """Train PyTorch models on one process or many, composed from plugins."""
     logs.configure()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 import time
 import weakref
 from datetime import timedelta
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from powertrain.environment import Rank
     from powertrain.roles.accelerator import Accelerator
 
+_log = logging.getLogger("powertrain.comm")
+
 # torch lists these two as backends, but they move no data.
 NO_TRANSPORT = frozenset({"undefined", "fake"})
 
@@ -26,6 +30,9 @@ LINGER = 5.0
 
 PAUSE = 0.01
 """Seconds between two looks whether the others have come."""
+
+WAIT_TOLD = 10.0
+"""Seconds after which a rank that waits for the others says so."""
 
 HEAD_START = 0.1
 """Seconds that rank 0 has to take the store down, before the others can ask for the next one."""
@@ -125,6 +132,9 @@ def join(backend: str, rank: Rank, timeout: float) -> tuple[Lease, bool]:
         dist.init_process_group(backend)  # mpirun itself tells rank and size
         return Lease.take(_world(), created=True), True
     host = f"[{rank.address}]" if ":" in rank.address else rank.address
+    patience = threading.Timer(WAIT_TOLD, _tell_waiting, [rank])
+    patience.daemon = True
+    patience.start()
     try:
         url = f"tcp://{host}:{rank.port}"
         store, _, _ = next(iter(rendezvous(url, rank=rank.index, world_size=rank.world_size, timeout=limit)))
@@ -138,7 +148,16 @@ def join(backend: str, rank: Rank, timeout: float) -> tuple[Lease, bool]:
             found=str(error).splitlines()[0],
             remedy="check that all ranks were started, and that MASTER_ADDR and MASTER_PORT name a free port of rank 0",
         ) from error
+    finally:
+        patience.cancel()
     return Lease.take(_world(), created=True, store=scope), True
+
+
+def _tell_waiting(rank: Rank) -> None:
+    _log.warning(
+        "rank %d of %d waits for the others at %s:%d; have all been started?",
+        rank.index, rank.world_size, rank.address, rank.port,
+    )  # fmt: skip
 
 
 def _part(store: PrefixStore, rank: int, size: int) -> None:
