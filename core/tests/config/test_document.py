@@ -203,3 +203,15 @@ def test_a_mapping_that_holds_itself_is_an_error() -> None:
     loop["zero"] = loop
     with pytest.raises(ConfigError, match="nested too deeply"):
         read(loop, environ={})
+
+
+def test_no_plugin_leaves_more_out_than_the_file(tmp_path: Path) -> None:
+    """The variable behind --no-plugin adds to ``[plugins] disable``, and each name keeps its origin; --set replaces."""
+    file = write(tmp_path, '[plugins]\ndisable = ["a", "b"]\n')
+    environ = {"POWERTRAIN__PLUGINS__DISABLE": '["b", "c"]'}
+    document = read(file, environ=environ)
+    assert document.raw["plugins"]["disable"] == ["a", "b", "c"]
+    assert str(document.origin(("plugins", "disable", 0))) == f"{file}:2:12"
+    assert str(document.origin(("plugins", "disable", 2))) == "POWERTRAIN__PLUGINS__DISABLE"
+    replaced = read(file, environ=environ, overrides=['plugins.disable=["d"]'])
+    assert replaced.raw["plugins"]["disable"] == ["d"]

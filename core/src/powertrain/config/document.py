@@ -23,6 +23,8 @@ from powertrain.errors import ConfigError
 _AT = re.compile(r"(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$", re.DOTALL)
 ENABLED = "enabled"
 """The key that every section may carry: ``enabled = false`` makes the section count as absent."""
+DISABLE = ("plugins", "disable")
+"""The key to which the environment adds: ``--no-plugin`` leaves more out than the file, never less."""
 
 
 @attrs.frozen
@@ -221,10 +223,16 @@ def _put(raw: dict[str, Any], origins: dict[Path, Origin], override: Override) -
         name = _existing(node, part) if override.fold_case else part
         path = (*path, name)
         if depth == len(override.path) - 1:
-            for old in [old for old in origins if old[: len(path)] == path]:
-                del origins[old]
-            node[name] = override.value
-            _mark(override.value, path, override.origin, origins)
+            old = {place: origins.pop(place) for place in [*origins] if place[: len(path)] == path}
+            value, before = override.value, node.get(name)
+            adds = path == DISABLE and override.origin.kind == "environment"
+            if adds and isinstance(before, list) and isinstance(value, list):
+                value = [*before, *(item for item in value if item not in before)]
+            else:
+                old.clear()
+            _mark(value, path, override.origin, origins)
+            origins.update({place: origin for place, origin in old.items() if place != path})
+            node[name] = value
         else:
             origins.setdefault(path, override.origin)
             node = node.setdefault(name, {})
