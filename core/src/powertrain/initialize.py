@@ -79,7 +79,13 @@ def initialize(
     rank = Rank.from_environment()
     document = configuration.read(config, overrides=overrides)
     schemas = schemas_for(document, plugins)
-    settings = configuration.structure(document, schemas.tables, installed=schemas.installed, options=schemas.options)
+    settings = configuration.structure(
+        document,
+        schemas.tables,
+        installed=schemas.installed,
+        options=schemas.options,
+        data_ranks=rank.world_size,
+    )
     hooks = Registry(plugins, settings.plugins.pin)
     for plugin in select(settings, schemas, world_size=rank.world_size, given=hooks.plugins):
         hooks.add(plugin)

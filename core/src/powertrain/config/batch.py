@@ -85,8 +85,10 @@ def resolve_batch(batch: Batch, data_ranks: int, origins: Mapping[str, Origin] |
     )
 
 
-def check_batch(batch: Batch) -> Clash | None:
-    """Find a contradiction that holds for any number of ranks."""
+def check_batch(batch: Batch, data_ranks: int | None = None) -> Clash | None:
+    """Find a contradiction that holds for ``data_ranks``, or, when that is None, for any number of ranks."""
+    if data_ranks is not None:
+        return _clash(batch, data_ranks, "1 rank" if data_ranks == 1 else f"{data_ranks} ranks")
     if batch.total is None:
         return None
     product = (batch.micro or 1) * (batch.accumulation or 1)

@@ -29,6 +29,7 @@ def structure(
     *,
     installed: Collection[str] = (),
     options: Options | None = None,
+    data_ranks: int | None = None,
 ) -> Config:
     """Make the effective configuration, or tell everything that is wrong at once.
 
@@ -37,6 +38,8 @@ def structure(
         schemas: section to attrs class, for the plugins that take part. The core's own tables are known.
         installed: names of installed plugins, whose sections are legal though they may not take part.
         options: what plugins add to the open tables: kind to name to the attrs class of the options.
+
+        data_ranks: ranks that see different data, for the batch sizes; None when not known yet.
 
     Raises:
         ConfigError: ``problems`` holds a ``Problem`` for each thing that is wrong.
@@ -61,7 +64,7 @@ def structure(
             problems += [_problem(document, section, item, elsewhere) for item in mismatches.items]
         else:
             made[section] = value
-    if "batch" in made and (clash := check_batch(made["batch"])) is not None:
+    if "batch" in made and (clash := check_batch(made["batch"], data_ranks)) is not None:
         problems.append(document.problem(("batch", "total"), clash.message, suggestion=clash.suggestion))
     if problems:
         raise error(document.name, sorted(problems, key=_place))
