@@ -18,6 +18,8 @@ from powertrain.errors import CheckpointError, CheckpointWriteFailed
 from powertrain.roles.checkpoint import Snapshot, TensorSlice
 from powertrain_checkpoint import directory, manifest, shard
 from powertrain_checkpoint.plugin import local_directory
+from powertrain_checkpoint.saving import Save
+from powertrain_checkpoint.staging import Staging
 from powertrain_checkpoint.store import DirectoryStore
 
 SIZE = 3000
@@ -228,6 +230,67 @@ def test_a_failed_save_leaves_no_bulk_behind(outcomes, tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("late", [0, 1])
+def test_all_ranks_learn_of_the_end_in_the_same_poll(on_ranks, tmp_path, monkeypatch, failing, late):
+    """A save that ended on one rank is told, or raised, only once it has ended on all, on all at once."""
+    if failing:
+        refuse_writing(monkeypatch, [1 - late])
+    run, early, held = Save.run, threading.Event(), threading.Event()
+
+    def slow(save, buffers):
+        try:
+            run(save, buffers)
+        finally:
+            if save.rank == late:
+                assert held.wait(60)
+            else:
+                early.set()
+
+    monkeypatch.setattr(Save, "run", slow)
+
+    def work(communicator):
+        store = DirectoryStore(tmp_path, communicator)
+        save(store, communicator, "a", 1, asynchronous=True)
+        assert early.wait(60)
+        while store._background.ended() != (communicator.rank != late):
+            time.sleep(0.001)
+        assert [store.poll(), store.poll()] == [[], []]
+        communicator.barrier().wait()
+        held.set()
+        polls = 0
+        try:
+            while not store.poll():
+                polls += 1
+        except CheckpointWriteFailed:
+            assert failing
+        else:
+            assert not failing
+        issued = communicator.issued
+        assert store.poll() == []
+        assert communicator.issued == issued
+        return polls
+
+    first, second = on_ranks(2, work)
+    assert first == second
+
+
+def test_a_copy_that_fails_is_told_by_every_rank(outcomes, tmp_path, monkeypatch):
+    """Where one rank has no memory for an asynchronous save, all ranks raise when they next ask."""
+    copy = Staging.copy
+
+    def work(communicator):
+        store = DirectoryStore(tmp_path, communicator)
+        if communicator.rank == 1:
+            store._staging.copy = lambda tensors: copy(None, tensors)
+        save(store, communicator, "a", 1, asynchronous=True)
+        store.wait()
+
+    for error in outcomes(2, work):
+        assert isinstance(error, CheckpointWriteFailed)
+        assert "rank 1" in str(error)
+
+
 def test_an_unasked_failure_is_raised_by_the_next_save_on_every_rank(outcomes, tmp_path, monkeypatch):
     """A failed asynchronous save that nobody polled is raised by the next save or by close, never dropped."""
 
@@ -285,10 +348,9 @@ def test_a_silent_rank_is_given_up(outcomes, tmp_path, monkeypatch):
         store = DirectoryStore(tmp_path, communicator, patience=0.3)
         save(store, communicator, "a", 1, asynchronous=True)
         if communicator.rank == 0:
-            try:
-                store.wait()
-            finally:
-                over.set()
+            while not store._background.ended():
+                time.sleep(0.01)
+            over.set()
         store.wait()
 
     first, second = outcomes(2, work)

@@ -102,7 +102,8 @@ class CheckpointReader(ABC):
 class CheckpointStore(ABC):
     """Checkpoints under one directory, addressed by tag.
 
-    All methods but ``poll`` are called on every rank, in the same order.
+    All methods but ``abandon`` and ``close`` are called on every rank, in the
+    same order, and return or raise the same on every rank.
     """
 
     @abstractmethod
@@ -122,10 +123,13 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def poll(self) -> list[str]:
-        """Return the tags that became complete since the last call, without waiting.
+        """Return the tags that became complete on every rank since the last call, without waiting for a save.
+
+        The ranks agree: all of them learn in the same call that a save ended. While
+        none is under way it costs nothing; the engine calls it at each step's end.
 
         Raises:
-            CheckpointWriteFailed: an asynchronous save failed.
+            CheckpointWriteFailed: an asynchronous save failed on some rank; raised on all, in the same call.
         """
 
     @abstractmethod

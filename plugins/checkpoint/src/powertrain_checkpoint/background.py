@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Background:
-    """Runs one save at a time in a thread of its own and keeps its outcome until asked.
+    """Runs one save at a time in a thread of its own and keeps its failure until asked.
 
     The thread is a daemon: a failed process does not wait for it. Call ``join``
     before the process ends.
@@ -16,7 +16,6 @@ class Background:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._finished: deque[str] = deque()
         self._failures: deque[Exception] = deque()
 
     def start(self, tag: str, work: Callable[[], None]) -> None:
@@ -27,15 +26,17 @@ class Background:
                 work()
             except Exception as error:
                 self._failures.append(error)
-            else:
-                self._finished.append(tag)
 
         self._thread = threading.Thread(target=run, name=f"checkpoint {tag}", daemon=True)
         self._thread.start()
 
-    def add(self, tag: str) -> None:
-        """Count ``tag`` as finished, after it was saved without the thread."""
-        self._finished.append(tag)
+    def fail(self, error: Exception) -> None:
+        """Count a save as failed before it could start."""
+        self._failures.append(error)
+
+    def ended(self) -> bool:
+        """Return whether nothing is under way."""
+        return self._thread is None or not self._thread.is_alive()
 
     def join(self, seconds: float | None = None) -> None:
         """Wait for the work under way, at most ``seconds``; what takes longer is left to itself.
@@ -53,7 +54,3 @@ class Background:
         """Raise what failed since the last call, once."""
         if self._failures:
             raise self._failures.popleft()
-
-    def finished(self) -> list[str]:
-        """Return the tags finished since the last call."""
-        return [self._finished.popleft() for _ in range(len(self._finished))]

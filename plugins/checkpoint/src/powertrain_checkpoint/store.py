@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 
 from powertrain.errors import CheckpointError, CheckpointWriteFailed
+from powertrain.mesh import WORLD
 from powertrain.roles.checkpoint import CheckpointStore, Snapshot
 from powertrain_checkpoint import directory, manifest
 from powertrain_checkpoint.background import Background
@@ -50,8 +52,8 @@ class DirectoryStore(CheckpointStore):
     """Checkpoints as directories of safetensors shards with a JSON manifest.
 
     Every rank writes and reads its own part, so all must see ``root``. A save
-    meets the other ranks before it writes, to plan, and, when it is
-    synchronous, once after; what runs in the background uses no collective.
+    meets the other ranks before it writes, to plan, and after, to agree on how
+    it ended; what runs in the background uses no collective.
 
     Args:
         root: the directory; made by the first save.
@@ -73,6 +75,8 @@ class DirectoryStore(CheckpointStore):
         self._patience = Patience(patience)
         self._staging = Staging(accelerator)
         self._background = Background()
+        self._running: str | None = None  # the asynchronous save whose end is not agreed on
+        self._saved: list[str] = []  # ended well, and nobody has asked
         self._planned: tuple[str, Plan] | None = None
         # A program that ends without ``close`` still gets its last checkpoint.
         weakref.finalize(self, _end, self._background, self._patience)
@@ -89,38 +93,60 @@ class DirectoryStore(CheckpointStore):
                 earlier asynchronous save that nobody has asked about.
             CheckpointError: the slices do not make up whole tensors, values are not JSON, or the tag is no name.
         """
-        self._background.join()
+        self._settle()
         save = self._prepare(tag, snapshot)
         held = {(item.name, box.offsets): piece for item in snapshot.tensors for box, piece in item.chunks()}
         mine = [held[piece.key] for piece in save.plan.pieces[save.rank]]
         if asynchronous:
+            self._running = tag
             try:
                 buffers = self._staging.copy(mine)
-            except Exception as error:
-                raise save.abandon(error) from error
-            self._background.start(tag, lambda: save.run(buffers))
+            except Exception as error:  # told as any failure of the background: by all ranks together
+                self._background.fail(save.abandon(error))
+            else:
+                self._background.start(tag, lambda: save.run(buffers))
         else:
             together(self._communicator, "checkpoint saved", lambda: save.run(in_place(mine)))
-            self._background.add(tag)
+            self._saved.append(tag)
 
     def poll(self) -> list[str]:
-        """Return the tags that became complete since the last call, without waiting.
+        """Return the tags that became complete since the last call, without waiting for a save.
 
-        Ranks learn of the end of an asynchronous save at slightly different times.
+        While an asynchronous save is under way the ranks exchange one number, so
+        that all learn in the same call that it ended, and how.
 
         Raises:
             CheckpointWriteFailed: an asynchronous save failed, on this rank or another.
         """
-        self._background.check()
-        return self._background.finished()
+        if self._running is not None and self._ended_everywhere():
+            self._settle()
+        saved, self._saved = self._saved, []
+        return saved
 
     def wait(self) -> list[str]:
         """Wait for asynchronous saves, then as ``poll``."""
-        self._background.join()
+        self._settle()
         return self.poll()
 
+    def _ended_everywhere(self) -> bool:
+        ended = self._background.ended()
+        if self._communicator.world_size == 1:
+            return ended
+        number = torch.tensor([int(ended)], dtype=torch.int32, device=self._communicator.device)
+        self._communicator.all_reduce(number, WORLD, reduction="min", label="checkpoint progress").wait()
+        return bool(number.item())
+
+    def _settle(self) -> None:
+        """Wait for the save under way, and agree with the other ranks on how it ended."""
+        if self._running is None:
+            return
+        self._background.join()
+        tag, self._running = self._running, None
+        together(self._communicator, "checkpoint saved", self._background.check)
+        self._saved.append(tag)
+
     def close(self) -> None:
-        """Wait for the save under way.
+        """Wait for the save under way, as far as this rank goes.
 
         Raises:
             CheckpointWriteFailed: it failed, and nobody has asked about it yet.
@@ -168,7 +194,6 @@ class DirectoryStore(CheckpointStore):
         )
 
     def _offer(self, tag: str, snapshot: Snapshot) -> _Offer:
-        self._background.check()
         directory.check_tag(tag)
         _check_json("values", snapshot.values)
         _check_json("rank_values", snapshot.rank_values)
