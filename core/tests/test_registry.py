@@ -17,6 +17,7 @@ from powertrain import hookimpl
 from powertrain.config import Config, read, structure
 from powertrain.discovery import Schemas, allowed, hooks_of, installed, load, schemas_for
 from powertrain.errors import (
+    AcceleratorError,
     HookInvalid,
     PluginBroken,
     PluginConflict,
@@ -24,6 +25,7 @@ from powertrain.errors import (
     PluginIncompatible,
     PluginMissing,
 )
+from powertrain.initialize import choose_accelerator
 from powertrain.plugin import NoConfig, Phase, Plugin
 from powertrain.registry import Registry
 from powertrain.selection import select
@@ -404,6 +406,15 @@ def test_only_allowed_plugins_are_loaded(site: Site) -> None:
     assert caught.value.where == "POWERTRAIN_PLUGINS=cpu"
     with pytest.raises(PluginMissing, match="needs plugin 'cpu'"):
         selected({"accelerator": {"use": "cpu"}}, POWERTRAIN_PLUGINS="none")
+
+
+def test_accelerators_that_the_variable_leaves_out_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any accelerator, the error tells those that are installed but not in POWERTRAIN_PLUGINS."""
+    monkeypatch.setenv("POWERTRAIN_PLUGINS", "none")
+    with pytest.raises(AcceleratorError) as caught:
+        choose_accelerator(Registry([]), None)
+    assert "cpu" in caught.value.found and "not in POWERTRAIN_PLUGINS" in caught.value.found
+    assert "add cpu" in caught.value.remedy
 
 
 def test_a_broken_provider_costs_a_warning(site: Site, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from powertrain.accumulation import Accumulation
 from powertrain.call import ModelCall
 from powertrain.config import BatchSizes, Config
 from powertrain.context import Context
-from powertrain.discovery import hooks_of, schemas_for
+from powertrain.discovery import allowed, hooks_of, installed, schemas_for
 from powertrain.engine import Engine
 from powertrain.environment import Rank
 from powertrain.errors import (
@@ -205,7 +205,16 @@ def _available(candidates: Mapping[str, Plugin[Any]]) -> str:
         )
     if not first:
         found = "; ".join(f"{name}: {probe.reason}" for name, probe in probes.items())
-        raise AcceleratorError("no accelerator is available", found=found or "no accelerator plugin is installed")
+        known = [name for name, entry in installed().items() if "accelerator" in entry.roles]
+        only = allowed()
+        left_out = [name for name in known if only is not None and name not in only]
+        if left_out:
+            found = "; ".join([*([found] if found else []), f"{', '.join(left_out)}: not in POWERTRAIN_PLUGINS"])
+        raise AcceleratorError(
+            "no accelerator is available",
+            found=found or "no accelerator plugin is installed",
+            remedy=f"add {' or '.join(left_out)} to the variable POWERTRAIN_PLUGINS, or unset it" if left_out else None,
+        )
     return first[0]
 
 

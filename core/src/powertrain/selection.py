@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from powertrain.config import Config
+from powertrain import hookspecs
+from powertrain.config import DEFAULT, Config, Problem
+from powertrain.config.origin import key, quoted
+from powertrain.config.problem import error as configuration_error
 from powertrain.discovery import Installed, Schemas, allowed, installed, load
-from powertrain.environment import setting
+from powertrain.environment import setting, strict_plugins
 from powertrain.errors import PluginBroken, PluginError, PluginMissing
 from powertrain.plugin import Plugin
+from powertrain.text import nearest
 
 _log = logging.getLogger("powertrain.plugins")
 
@@ -32,14 +37,13 @@ def select(
     Raises:
         PluginError: a plugin that the configuration names cannot be used.
     """
+    given = frozenset(given)
+    check_names(config, schemas, given=given, environ=environ)
     only = allowed(environ)
-    strict = setting("POWERTRAIN_STRICT_PLUGINS", environ) == "1"
+    strict = strict_plugins(environ)
     known = installed(config.plugins.pin)
-    required = [_required(text, known) for text in config.plugins.require]
-    named = [*schemas.classes, *(name for name in required if name not in schemas.classes)]
+    named, direct = _named(config, schemas, known)
     wanted = {"accelerator", "checkpoint"} | ({"communicator"} if world_size > 1 else set())
-    # Named by its entry point, an accelerator is the only one that needs to be looked at.
-    direct = config.accelerator.use if config.accelerator.use in known else None
     providers = [
         name
         for name, entry in known.items()
@@ -49,23 +53,88 @@ def select(
     for name in [*named, *(name for name in providers if name not in named)]:
         if name in config.plugins.disable or name in given:
             continue
-        is_named = name in named or name == direct
         if only is not None and name not in only:
-            if is_named:
-                raise PluginMissing(
-                    f"the configuration needs plugin {name!r}, which POWERTRAIN_PLUGINS does not allow",
-                    where=f"POWERTRAIN_PLUGINS={setting('POWERTRAIN_PLUGINS', environ)}",
-                    remedy="add it to the variable, or leave its section out",
-                )
             continue
         try:
             plugin = schemas.classes.get(name) or load(name, known)
             chosen.append(_constructed(plugin, config.tables.get(name), known.get(name)))
         except PluginError as error:
-            if is_named or strict:
+            if strict or name in named or name == direct:
                 raise
             _log.warning("plugin %r is skipped: %s", name, " ".join(str(error).split()))
     return chosen
+
+
+def check_names(
+    config: Config,
+    schemas: Schemas,
+    *,
+    given: Collection[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> None:
+    """Check every plugin that ``config`` names, without constructing one.
+
+    Args:
+        config: the structured configuration.
+        schemas: what ``schemas_for`` returned for the same document.
+        given: plugins that exist already as objects.
+        environ: the environment; this process's own when omitted.
+
+    Raises:
+        ConfigError: ``[plugins]`` names what is not installed, or requires what it disables.
+        PluginError: a requirement is not met, or ``POWERTRAIN_PLUGINS`` does not allow a plugin.
+    """
+    known = installed(config.plugins.pin)
+    if problems := list(_misnamed(config, {**dict.fromkeys(schemas.installed), **known})):
+        raise configuration_error(config.name, problems)
+    only = allowed(environ)
+    named, direct = _named(config, schemas, known)
+    for name in [*named, *([direct] if direct else [])]:
+        if only is not None and name not in {*only, *given, *config.plugins.disable}:
+            raise PluginMissing(
+                f"the configuration needs plugin {name!r}, which POWERTRAIN_PLUGINS does not allow",
+                where=f"POWERTRAIN_PLUGINS={setting('POWERTRAIN_PLUGINS', environ)}",
+                remedy="add it to the variable, or leave its section out",
+            )
+
+
+def _named(config: Config, schemas: Schemas, known: Mapping[str, Installed]) -> tuple[list[str], str | None]:
+    """Return the plugins that the configuration names, and the accelerator that it names by its entry point.
+
+    No other accelerator needs to be looked at then.
+    """
+    required = [_required(text, known) for text in config.plugins.require]
+    direct = config.accelerator.use if config.accelerator.use in known else None
+    return [*schemas.classes, *(name for name in required if name not in schemas.classes)], direct
+
+
+def _misnamed(config: Config, known: Mapping[str, Installed | None]) -> Iterator[Problem]:
+    """Yield what is wrong with the names in ``[plugins]``."""
+    table = config.plugins
+    owners = {entry.distribution: name for name, entry in known.items() if entry is not None}
+    rivals = {rival for entry in known.values() if entry is not None for rival in entry.rivals}
+    hooks = [name for name, item in vars(hookspecs).items() if hasattr(item, "powertrain_spec")]
+
+    def problem(place: str, message: str, name: str, choices: Iterable[str]) -> Problem:
+        origin = config.origins.get(f"plugins.{place.partition('[')[0]}", DEFAULT)
+        near = nearest(name, choices)
+        where = config.name if origin is DEFAULT else str(origin)
+        return Problem(path=f"plugins.{place}", message=message, where=where, suggestion=near and quoted(near))
+
+    for index, name in enumerate(table.disable):
+        if name not in known:
+            yield problem(f"disable[{index}]", f"no plugin called {name!r} is installed", name, known)
+    for index, text in enumerate(table.require):
+        bare = re.split(r"[^\w.-]", text.strip(), maxsplit=1)[0]
+        if owners.get(bare, bare) in table.disable:
+            yield problem(f"require[{index}]", f"plugins.disable leaves {bare!r} out", bare, ())
+    for name, choice in table.pin.items():
+        if name not in known and name not in hooks:
+            message = f"there is no hook and no installed plugin called {name!r}"
+            yield problem(f"pin.{key(name)}", message, name, [*hooks, *known])
+        if choice not in {*known, *owners, *rivals}:
+            message = f"no plugin or distribution called {choice!r} is installed"
+            yield problem(f"pin.{key(name)}", message, choice, [*known, *owners, *rivals])
 
 
 def _constructed(plugin: type[Plugin[Any]], table: Any, entry: Installed | None) -> Plugin[Any]:

@@ -116,8 +116,17 @@ def test_turning_off_reaches_help_and_child_processes(powertrain, farm, tmp_path
     assert "hello" not in powertrain("--no-plugin", "hello", "--help", farm=farm).stdout
     script = tmp_path / "child.py"
     script.write_text("import os; print(os.environ['POWERTRAIN__PLUGINS__DISABLE'])")
-    done = powertrain("--no-plugin", "a", "launch", "--nproc", "1", str(script), POWERTRAIN__PLUGINS__DISABLE='["b"]')
-    assert json.loads(done.stdout) == ["a", "b"], done.stderr
+    command = ("--no-plugin", "hello", "launch", "--nproc", "1", str(script))
+    done = powertrain(*command, farm=farm, POWERTRAIN__PLUGINS__DISABLE='["cpu"]')
+    assert json.loads(done.stdout) == ["cpu", "hello"], done.stderr
+
+
+def test_leaving_out_what_is_not_there_is_a_usage_error(powertrain, farm):
+    """--no-plugin with a name that no installed plugin has exits with 2 and names the nearest."""
+    farm.add("hello")
+    done = powertrain("--no-plugin", "helo", "plugins", farm=farm)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no plugin called 'helo' is installed; did you mean 'hello'?" in done.stderr
 
 
 def test_plugin_command_runs(powertrain, farm, broken_farm):

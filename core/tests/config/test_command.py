@@ -54,6 +54,47 @@ def test_check_knows_the_ranks_and_the_overrides(call, tmp_path: Path) -> None:
     assert call("check", "a.toml", "--ranks", "4", "--set", "batch.total=128").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('disable = ["chekpoint"]', "plugins.disable[0]: no plugin called 'chekpoint' is installed; did you mean"),
+        ('require = ["cpu>=0.1"]\ndisable = ["cpu"]', "plugins.require[0]: plugins.disable leaves 'cpu' out"),
+        ('require = ["powertrain-cpu"]\ndisable = ["cpu"]', "plugins.disable leaves 'powertrain-cpu' out"),
+        ('pin = { make_runer = "cpu" }', "plugins.pin.make_runer: there is no hook and no installed plugin called"),
+        ('pin = { make_runer = "cpu" }', 'did you mean "make_runner"?'),
+        ('pin = { make_runner = "cpuu" }', "plugins.pin.make_runner: no plugin or distribution called"),
+        ('pin = { cpu = "powertrain-cpuu" }', 'did you mean "powertrain-cpu"?'),
+        ('require = ["nowhere"]', "the required plugin 'nowhere' is not installed"),
+    ],
+)
+def test_names_in_plugins_are_checked(call, tmp_path: Path, line: str, words: str) -> None:
+    """A name in [plugins] that nothing installed has, or a contradiction, is a problem and not silence."""
+    (tmp_path / "a.toml").write_text(f"[plugins]\n{line}\n")
+    result = call("check", "a.toml")
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "a.toml" in result.stderr or "plugins.require" in result.stderr
+
+
+def test_right_names_in_plugins_pass(call, tmp_path: Path) -> None:
+    """Plugins, hooks and distributions that are there may be disabled, required and pinned."""
+    (tmp_path / "a.toml").write_text(
+        '[plugins]\ndisable = ["checkpoint"]\nrequire = ["powertrain-cpu>=0.1", "comm"]\n'
+        'pin = { make_runner = "cpu", cpu = "powertrain-cpu" }\n'
+    )
+    result = call("check", "a.toml")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_check_refuses_what_the_variable_does_not_allow(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section whose plugin POWERTRAIN_PLUGINS leaves out is refused, as the run would refuse it."""
+    (tmp_path / "a.toml").write_text("[comm]\n")
+    monkeypatch.setenv("POWERTRAIN_PLUGINS", "none")
+    result = call("check", "a.toml")
+    assert result.exit_code == 2
+    assert "needs plugin 'comm', which POWERTRAIN_PLUGINS does not allow" in result.stderr
+
+
 def test_check_speaks_json(call, tmp_path: Path) -> None:
     """--json lists each file with its problems, on standard output alone."""
     (tmp_path / "a.toml").write_text("[run]\nsede = 2\n")

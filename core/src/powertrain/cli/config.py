@@ -73,10 +73,12 @@ def _load(file: str | None, ranks: int | None, settings: Sequence[str]) -> Confi
     """Read and check one file, and its batch sizes where the number of ranks is known."""
     from powertrain.config import read, resolve_batch, structure
     from powertrain.discovery import schemas_for
+    from powertrain.selection import check_names
 
     document = read(file, overrides=settings)
     schemas = schemas_for(document)
     made = structure(document, schemas.tables, installed=schemas.installed, options=schemas.options)
+    check_names(made, schemas)
     if ranks is not None:
         resolve_batch(made.batch, ranks, made.origins)
     return made

@@ -59,6 +59,13 @@ class Root(LazyGroup):
 
 def _leave_out(ctx: click.Context, _option: click.Parameter, names: tuple[str, ...]) -> None:
     if names:
+        from powertrain.discovery import installed
+        from powertrain.text import did_you_mean
+
+        known = installed()
+        for name in names:
+            if name not in known:
+                raise click.UsageError(f"no plugin called {name!r} is installed{did_you_mean(name, known)}", ctx)
         ctx.with_resource(environment.exported(environment.without_plugins(names)))
 
 
