@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import powertrain
-from powertrain import hookimpl
+from powertrain import hookimpl, state
 from powertrain.errors import (
     BatchError,
     CheckpointError,
@@ -671,3 +672,67 @@ def test_a_cycled_momentum_goes_on(tmp_path: Path, table: dict[str, Any], schedu
         engine.load_checkpoint(str(tmp_path / "second"))
         engine.train_step(batch())
         assert same(weights(engine), expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("adamw", "sgd"), ("torch.optim.Adadelta", "adamw"), ("adamw", "torch.optim.Adadelta")]
+)
+def test_another_optimizer_loads_nothing(tmp_path: Path, first: str, second: str) -> None:
+    """State of another optimizer is refused before anything changes, with the name to set."""
+    with start({"optimizer": {"name": first, "lr": 0.1}}) as engine:
+        engine.train_step(batch())
+        engine.save_checkpoint(str(tmp_path))
+    with start({"optimizer": {"name": second, "lr": 0.1}}) as engine:
+        before = weights(engine)
+        with pytest.raises(CheckpointMismatch, match="made with another optimizer") as caught:
+            engine.load_checkpoint(str(tmp_path))
+        assert same(weights(engine), before)
+        assert not engine.optimizer_wrapper.optimizer.state
+    named = {"optimizer": {"name": caught.value.expected, "lr": 0.1}}
+    assert f'name = "{caught.value.expected}"' in caught.value.remedy
+    with start(named) as engine:
+        assert engine.load_checkpoint(str(tmp_path)).fresh == []
+
+
+def torn_by(engine: powertrain.Engine) -> tuple[list[torch.Tensor], list[Any]]:
+    """Return all that a load that failed could leave half changed."""
+    optimizer = engine.optimizer_wrapper.optimizer
+    tensors = [*weights(engine), torch.get_rng_state()]
+    plain: list[Any] = [engine.global_step, engine.loader.sampler.state(), random.getstate(), engine.client_state]
+    plain += [engine.loss_scale.state(), engine.learning_rate, engine.schedule.state()]
+    for moments in optimizer.state.values():
+        tensors += [value.clone() for value in moments.values()]
+    return tensors, plain
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_read_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """Whichever read of a load fails, weights, moments, generators, position and step are as before."""
+    config = {"batch": {"micro": 2}, "scheduler": {"name": "cosine", "steps": 9}, "precision": {"loss_scale": 2.0}}
+    data = TensorDataset(torch.randn(12, 3))
+    with start(config, dataset=data) as engine:
+        for one in engine.loader:
+            engine.train_step(one)
+        engine.save_checkpoint(str(tmp_path), client_state={"a": 1})
+    with start(config, dataset=data) as engine:
+        engine.train_step(next(iter(engine.loader)))
+        store = state.open_store(engine.context, str(tmp_path))
+        reader, calls = store.open(), []
+        read = reader.read
+
+        def fails(slices: Any) -> None:
+            calls.append(slices)
+            if len(calls) == failing:
+                raise CheckpointError("the disk is gone")
+            read(slices)
+
+        monkeypatch.setattr(reader, "read", fails)
+        tensors, plain = torn_by(engine)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            state.restore(engine, reader)
+        after, plain_after = torn_by(engine)
+        assert len(after) == len(tensors)
+        assert same(after, tensors)
+        assert plain_after == plain
+        monkeypatch.undo()
+        assert state.restore(engine, reader).step == 6

@@ -70,3 +70,10 @@ def torch_factory(name: str, options: Mapping[str, Any]) -> OptimizerFactory | N
             found=repr(kind),
         )
     return TorchFactory(kind, options, "matrix")
+
+
+def name_of(optimizer: torch.optim.Optimizer) -> str:
+    """Return what ``[optimizer] name`` would be: torch's by their short name, others by their dotted path."""
+    kind = type(optimizer)
+    short = {getattr(torch.optim, attribute): name for name, attribute in _CLASSES.items()}
+    return short.get(kind) or f"{kind.__module__}.{kind.__qualname__}"

@@ -128,16 +128,14 @@ class ReplicatedOptimizer(OptimizerWrapper):
 
     @torch.no_grad()
     def load(self, reader: CheckpointReader) -> list[str]:
-        """Fill parameters and optimizer state; state the optimizer has not made yet is made here."""
+        """Fill parameters and optimizer state in one read; the state is put in place once all of it is there."""
         live: list[tuple[str, torch.Tensor]] = [(f"model/{name}", param) for name, param in self._frozen]
         by_name = {name: self._masters[param] for name, param in self._named}
         live += [(f"model/{name}", master) for name, master in by_name.items()]
         group_of = {param: group for group in self.optimizer.param_groups for param in group["params"]}
-        for name, master in by_name.items():
-            self.optimizer.state.pop(master, None)
-            plain = reader.values.get("optimizer", {}).get(name)
-            if plain:
-                self.optimizer.state[master].update(plain)
+        state: dict[str, dict[str, Any]] = {
+            name: dict(plain) for name, plain in reader.values.get("optimizer", {}).items() if name in by_name
+        }
         for full_name, info in reader.tensors.items():
             kind, _, rest = full_name.partition("/")
             name, _, key = rest.rpartition("/")
@@ -148,9 +146,13 @@ class ReplicatedOptimizer(OptimizerWrapper):
             # torch keeps the step counter on the host unless the update itself reads it on the device.
             on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
             value = torch.empty(info.shape, dtype=info.dtype, device="cpu" if on_host else master.device)
-            self.optimizer.state[master][key] = value
+            state.setdefault(name, {})[key] = value
             live.append((full_name, value))
         fill(reader, live)
+        for name, master in by_name.items():
+            self.optimizer.state.pop(master, None)
+            if name in state:
+                self.optimizer.state[master].update(state[name])
         self._publish()
         return [name for name, _ in live]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from powertrain import random_state
+from powertrain import optimizers, random_state
 from powertrain.context import Context
 from powertrain.errors import CheckpointError, CheckpointMismatch
 from powertrain.replicated import fill
@@ -116,6 +116,7 @@ def snapshot(engine: Engine, client_state: dict[str, Any] | None) -> Snapshot:
         "step": engine.global_step,
         "world_size": context.mesh.world_size,
         "aliases": _aliases(engine.module),
+        "optimizer_name": optimizers.name_of(engine.optimizer_wrapper.optimizer),
         "optimizer": engine.optimizer_wrapper.values(),
         "groups": _groups(engine),
         "schedule": engine.schedule.state() if engine.schedule is not None else None,
@@ -134,23 +135,36 @@ def _groups(engine: Engine) -> list[dict[str, Any]]:
 
 
 def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
-    """Fill the engine from a checkpoint; nothing is changed when the model does not match.
+    """Fill the engine from a checkpoint; nothing is changed when it does not fit or cannot be read.
 
     Raises:
-        CheckpointMismatch: parameters or buffers differ in name or shape, or the kind of schedule differs.
+        CheckpointMismatch: parameters or buffers differ in name or shape, or the optimizer or
+            schedule is of another kind.
         DataError: the sampler cannot continue from the saved position.
     """
     module, context = engine.module, engine.context
     check_names(engine, reader)
     values = reader.values
     # What can still be refused comes before anything of the model changes.
+    _check_optimizer(engine, values["optimizer_name"])
     if engine.schedule is not None:
         engine.schedule.check(values["schedule"])
-    if engine.loader is not None and values["sampler"] is not None:
-        engine.loader.sampler.load_state(values["sampler"])
-    loaded = engine.optimizer_wrapper.load(reader)
-    buffers = [(f"model/{name}", buffer) for name, buffer in _buffers(module)]
-    fill(reader, buffers)
+    sampler = engine.loader.sampler if engine.loader is not None and values["sampler"] is not None else None
+    position = sampler.state() if sampler is not None else {}
+    if sampler is not None:
+        sampler.load_state(values["sampler"])
+    try:
+        # Copies first: the wrapper's own read is the last thing that may fail.
+        buffers = [(f"model/{name}", buffer, torch.empty_like(buffer)) for name, buffer in _buffers(module)]
+        generators = _generators(context, reader)
+        fill(reader, [(name, copy) for name, _, copy in buffers] + list(generators.items()))
+        loaded = engine.optimizer_wrapper.load(reader)
+    except BaseException:
+        if sampler is not None:
+            sampler.load_state(position)
+        raise
+    for _, buffer, copy in buffers:
+        buffer.detach().copy_(copy)
     engine.global_step = int(values["step"])
     engine.loss_scale.load_state(values["loss_scale"])
     if engine.schedule is not None:
@@ -160,7 +174,7 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
             # Without a schedule the learning rate belongs to whoever set it last.
             if "lr" in saved and not context.config.is_stated("optimizer.lr"):
                 group["lr"] = saved["lr"]
-    _restore_random(context, reader, engine.global_step)
+    _restore_random(context, reader, generators, engine.global_step)
     engine.client_state = dict(values["client"])
     trainable = [name for name, param in module.named_parameters() if param.requires_grad]
     with_state = {name.split("/", 1)[1].rpartition("/")[0] for name in loaded if name.startswith("optimizer/")}
@@ -168,7 +182,7 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
         tag=reader.tag,
         step=engine.global_step,
         world_size=int(values["world_size"]),
-        loaded=[*loaded, *(name for name, _ in buffers)],
+        loaded=[*loaded, *(name for name, _, _ in buffers)],
         fresh=[name for name in trainable if name not in with_state] if with_state else trainable,
         client_state=engine.client_state,
     )
@@ -200,17 +214,33 @@ def check_names(engine: Engine, reader: CheckpointReader) -> None:
         )
 
 
-def _restore_random(context: Context, reader: CheckpointReader, step: int) -> None:
-    """Continue this rank's generators; a rank that did not exist then starts its own."""
-    rank = context.rank.index
-    live = {
+def _check_optimizer(engine: Engine, saved: str) -> None:
+    """Compare the optimizer's class: the state of another one would be dropped, or taken for something else."""
+    own = optimizers.name_of(engine.optimizer_wrapper.optimizer)
+    if own != saved:
+        raise CheckpointMismatch(
+            "the checkpoint was made with another optimizer",
+            where="optimizer.name",
+            expected=saved,
+            found=own,
+            remedy=f'set `[optimizer] name = "{saved}"`',
+        )
+
+
+def _generators(context: Context, reader: CheckpointReader) -> dict[str, torch.Tensor]:
+    """Return an empty tensor for each of this rank's generators in the checkpoint, by name."""
+    return {
         name: torch.empty(info.shape, dtype=info.dtype)
         for name, info in reader.tensors.items()
-        if name.startswith(f"rng/{rank}/")
+        if name.startswith(f"rng/{context.rank.index}/")
     }
-    fill(reader, list(live.items()))  # every rank takes part, also with nothing to read
+
+
+def _restore_random(context: Context, reader: CheckpointReader, generators: dict[str, torch.Tensor], step: int) -> None:
+    """Continue this rank's generators; a rank that did not exist then starts its own."""
+    rank = context.rank.index
     if rank >= len(reader.rank_values):
         random_state.seed_all(context, context.config.run.seed + 7919 * step)
         return
     random_state.load_values(dict(reader.rank_values[rank]["rng"]))
-    random_state.load_tensors(context, {name.rpartition("/")[2]: value for name, value in live.items()})
+    random_state.load_tensors(context, {name.rpartition("/")[2]: value for name, value in generators.items()})

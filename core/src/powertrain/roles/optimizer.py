@@ -94,7 +94,9 @@ class OptimizerWrapper(ABC):
 
     @abstractmethod
     def load(self, reader: CheckpointReader) -> list[str]:
-        """Fill parameters and optimizer state from ``reader``; return the names loaded.
+        """Fill parameters and optimizer state from ``reader``, in one read; return the names loaded.
+
+        Nothing is changed when the read fails.
 
         Raises:
             CheckpointMismatch: names or shapes differ from this model's.
