@@ -98,3 +98,32 @@ def test_a_good_end_waits_for_saves(keeper: Keeper) -> None:
         assert keeper.saved == []
     assert keeper.store.calls == ["wait", "close"]
     assert keeper.saved == ["step-00000001"]
+
+
+def test_asynchronous_saves_are_pruned_when_complete(keeper: Keeper) -> None:
+    """``keep_last`` holds after the last save, which became complete long after it was asked for."""
+    with start(keeper, every=1, keep_last=2) as engine:
+        for _ in range(4):
+            step(engine)
+    assert keeper.store.tags() == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tags_of_the_user_are_never_deleted(keeper: Keeper, asynchronous: bool) -> None:
+    """``keep_last`` counts and deletes checkpoints of automatic names only."""
+    with start(keeper, every=1, keep_last=1, asynchronous=asynchronous) as engine:
+        step(engine)
+        engine.save_checkpoint(tag="mine")
+        engine.save_checkpoint(tag="step-1-best")
+        step(engine)
+        step(engine)
+    assert keeper.store.tags() == ["mine", "step-1-best", "step-00000003"]
+
+
+def test_a_save_that_ends_in_a_load_is_announced(keeper: Keeper) -> None:
+    """``load_checkpoint`` waits for the save under way, and its end is told as any other."""
+    with start(keeper) as engine:
+        step(engine)
+        engine.save_checkpoint(tag="mine")
+        engine.load_checkpoint()
+        assert keeper.saved == ["mine"]

@@ -24,6 +24,9 @@ from powertrain.schedule import Schedule
 
 _log = logging.getLogger("powertrain.engine")
 
+_AUTOMATIC_TAG = "step-{:08d}"
+_AUTOMATIC_TAGS = r"step-\d{8,}"  # only these are deleted: a name that the user chose is the user's
+
 
 class Engine:
     """Trains one model; made by ``powertrain.initialize``.
@@ -234,8 +237,7 @@ class Engine:
 
     def _finish_step(self, loss: torch.Tensor | None) -> None:
         for store in self._stores.values():
-            for tag in store.poll():
-                self._announce(store, tag)
+            self._announce(store, store.poll())
         table = self.context.config.checkpoint
         if table.every is not None and self.global_step % table.every == 0:
             self.save_checkpoint()
@@ -300,14 +302,11 @@ class Engine:
             CheckpointWriteFailed: the disk refused; asynchronous saves raise at a later step.
         """
         with self._guard():
-            tag = tag or f"step-{self.global_step:08d}"
+            tag = tag or _AUTOMATIC_TAG.format(self.global_step)
             store = self._store(directory)
             table = self.context.config.checkpoint
             store.save(tag, state.snapshot(self, client_state), asynchronous=table.asynchronous)
-            if table.keep_last is not None:
-                store.prune(table.keep_last)
-            for done in store.poll():
-                self._announce(store, done)
+            self._announce(store, store.poll())
             return tag
 
     def load_checkpoint(self, directory: str | None = None, tag: str | None = None) -> state.LoadReport:
@@ -325,7 +324,7 @@ class Engine:
             self.optimizer_wrapper.discard()
             self._micro_batches = 0
             store = self._store(directory)
-            store.wait()
+            self._announce(store, store.wait())
             return state.restore(self, store.open(tag))
 
     def _store(self, directory: str | None) -> CheckpointStore:
@@ -334,10 +333,15 @@ class Engine:
             self._stores[uri] = state.open_store(self.context, uri)
         return self._stores[uri]
 
-    def _announce(self, store: CheckpointStore, tag: str) -> None:
+    def _announce(self, store: CheckpointStore, tags: list[str]) -> None:
+        """Tell of checkpoints that have become complete; delete those that they make superfluous."""
+        keep = self.context.config.checkpoint.keep_last
+        if tags and keep is not None:
+            store.prune(keep, _AUTOMATIC_TAGS)
         uri = next(uri for uri, other in self._stores.items() if other is store)
-        for listener in self._events["on_checkpoint_saved"]:
-            listener(engine=self, directory=uri, tag=tag)
+        for tag in tags:
+            for listener in self._events["on_checkpoint_saved"]:
+                listener(engine=self, directory=uri, tag=tag)
 
     # --- the end ---------------------------------------------------------------------------
 
@@ -354,8 +358,7 @@ class Engine:
                 if failed:  # other ranks may be gone: nothing may wait for them
                     store.abandon()
                 else:
-                    for tag in store.wait():
-                        self._announce(store, tag)
+                    self._announce(store, store.wait())
                 store.close()
         finally:
             try:

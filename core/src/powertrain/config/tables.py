@@ -11,6 +11,12 @@ from typing import Any, Literal
 import attrs
 from attrs import validators
 
+from powertrain.config.constraints import finite, positive
+
+
+LONGEST_TIMEOUT = 30 * 24 * 3600
+"""Seconds, 30 days: libraries below count in milliseconds or nanoseconds, and larger numbers overflow them."""
+
 
 @attrs.frozen(kw_only=True)
 class Run:
@@ -38,7 +44,7 @@ class CommunicatorTable:
     use: str | None = None
     """Name of the transport; absent, the one that suits the accelerator."""
 
-    timeout: float = attrs.field(default=600.0, validator=validators.gt(0))
+    timeout: float = attrs.field(default=600.0, validator=[validators.gt(0), validators.le(LONGEST_TIMEOUT)])
     """Seconds after which a collective that has not finished ends the run with a report. Default 600."""
 
 
@@ -66,7 +72,7 @@ class Optimizer:
     name: str = "adamw"
     """One of the named optimizers, or the dotted path of a ``torch.optim.Optimizer`` class."""
 
-    clip: float | None = attrs.field(default=None, validator=validators.optional(validators.gt(0)))
+    clip: float | None = attrs.field(default=None, validator=validators.optional([validators.gt(0), finite]))
     """Largest global norm of the gradients; larger ones are scaled down to it. Absent: no clipping."""
 
     options: dict[str, Any] = attrs.field(factory=dict, metadata={"open": "optimizer"})
@@ -106,7 +112,7 @@ class Precision:
     autocast: bool = False
     """Keep the model in ``master`` and run it under torch.autocast(compute) instead of converting it."""
 
-    loss_scale: Literal["dynamic"] | float | None = None
+    loss_scale: Literal["dynamic"] | float | None = attrs.field(default=None, validator=[positive, finite])
     """Factor on the loss that keeps small gradients above zero. Absent: dynamic for fp16, 1 otherwise."""
 
 
@@ -121,7 +127,7 @@ class Checkpoint:
     """Optimizer steps between automatic saves. Absent: only ``engine.save_checkpoint`` saves."""
 
     keep_last: int | None = attrs.field(default=None, validator=validators.optional(validators.ge(1)))
-    """Complete checkpoints that are kept; older ones are deleted. Absent: all."""
+    """Checkpoints named ``step-<number>`` that are kept; older ones are deleted. Absent: all."""
 
     asynchronous: bool = False
     """Write in the background while training goes on; costs a copy of the state in host memory."""

@@ -146,8 +146,11 @@ class CheckpointStore(ABC):
         """
 
     @abstractmethod
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` complete checkpoints."""
+    def prune(self, keep: int, pattern: str = ".*") -> None:
+        """Delete all but the newest ``keep`` of the complete checkpoints whose whole tag matches ``pattern``.
+
+        ``pattern`` is a regular expression; other checkpoints are neither deleted nor counted.
+        """
 
     def abandon(self) -> None:
         """Give up, within seconds, what other ranks may never finish: the run has failed. ``close`` follows.

@@ -179,6 +179,14 @@ class CheckpointStoreContract:
         assert self.on_ranks(1, tmp_path, lambda store, _: store.tags()) == [["two", "three"]]
         self.load(1, tmp_path, "two", plus=1)
 
+    def test_prunes_what_matches(self, tmp_path: Path) -> None:
+        """With a pattern, ``prune`` leaves every checkpoint whose whole tag does not match it."""
+        for tag in ["auto-1", "mine-auto-1", "auto-2", "auto-2-mine", "auto-3"]:
+            self.save(1, tmp_path, tag)
+        self.on_ranks(2, tmp_path, lambda store, _: store.prune(1, r"auto-\d"))
+        kept = ["mine-auto-1", "auto-2-mine", "auto-3"]
+        assert self.on_ranks(1, tmp_path, lambda store, _: store.tags()) == [kept]
+
     def test_missing_checkpoints_are_an_error(self, tmp_path: Path) -> None:
         """An empty place has no tags; opening it, or an unknown tag, is CheckpointMissing."""
         assert self.on_ranks(1, tmp_path / "nothing", lambda store, _: store.tags()) == [[]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,11 +134,11 @@ class MemoryStore(CheckpointStore):
             raise CheckpointMissing(f"there is no checkpoint {tag!r}" if tag else "there is no checkpoint")
         return self._shelf.complete[name]
 
-    def prune(self, keep: int) -> None:
-        """Forget all but the newest ``keep``."""
+    def prune(self, keep: int, pattern: str = ".*") -> None:
+        """Forget all but the newest ``keep`` whose tag matches."""
         self._communicator.barrier().wait()
         if self._communicator.rank == 0:
-            for tag in list(self._shelf.complete)[:-keep]:
+            for tag in [tag for tag in self._shelf.complete if re.fullmatch(pattern, tag)][:-keep]:
                 del self._shelf.complete[tag]
         self._communicator.barrier().wait()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -251,13 +252,13 @@ class DirectoryStore(CheckpointStore):
             )
         return DirectoryReader(path, found, self._communicator)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` (at least 1) complete checkpoints."""
+    def prune(self, keep: int, pattern: str = ".*") -> None:
+        """Delete all but the newest ``keep`` (at least 1) of the complete checkpoints whose tag matches ``pattern``."""
         if keep < 1:
             raise ValueError(f"at least one checkpoint must be kept, not {keep}")
 
         def delete() -> None:
-            for tag in directory.complete(self._root)[:-keep]:
+            for tag in [tag for tag in directory.complete(self._root) if re.fullmatch(pattern, tag)][:-keep]:
                 directory.delete(self._root, tag)
 
         self._first("checkpoint prune", delete)
