@@ -1,4 +1,4 @@
-"""What a checkpoint every ten steps costs: no save, asynchronous and synchronous saves, taking turns.
+"""What a checkpoint every ten steps costs, asynchronous and synchronous, beside torch's own saves.
 
 Each turn is 30 steps of one GPT-like model in one process, with three saves
 in it; the rows alternate so that a busy moment hits all of them, and medians
@@ -11,12 +11,18 @@ for, so a disk that cannot keep up shows.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as checkpoint
 
 import powertrain
 
@@ -47,46 +53,83 @@ def build(directory: str, asynchronous: bool) -> powertrain.Engine:
     return powertrain.initialize(Model(), config=config)
 
 
-def turn(engine: powertrain.Engine, batch: torch.Tensor, saves: bool) -> float:
+class Peer:
+    """torch's own saves of the same state: ``torch.save``, or torch.distributed.checkpoint in the background."""
+
+    def __init__(self, directory: str, asynchronous: bool) -> None:
+        self.directory, self.asynchronous = directory, asynchronous
+        self.pending: Future[object] | None = None
+
+    def save(self, engine: powertrain.Engine) -> None:
+        """Save, after the save before has ended."""
+        self.wait()
+        state = {"model": engine.module.state_dict(), "optimizer": engine.optimizer_wrapper.optimizer.state_dict()}
+        path = f"{self.directory}/{engine.global_step % 2}"
+        if self.asynchronous:
+            pending = checkpoint.async_save(state, checkpoint_id=path, storage_writer=writer(path))
+            self.pending = pending if isinstance(pending, Future) else pending.upload_completion
+            return
+        Path(self.directory).mkdir(exist_ok=True)
+        with Path(path).open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def wait(self) -> None:
+        """Wait for the save under way."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+
+def writer(path: str) -> checkpoint.FileSystemWriter:
+    """Return torch's writer, which syncs to the disk as ours does."""
+    return checkpoint.FileSystemWriter(path, sync_files=True, overwrite=True)
+
+
+def turn(engine: powertrain.Engine, batch: torch.Tensor, save: Callable[[powertrain.Engine], object]) -> float:
     """Return the seconds of one turn."""
     begin = time.perf_counter()
     for step in range(STEPS):
         engine.train_step(batch)
-        if saves and step % EVERY == 0:
-            engine.save_checkpoint()
+        if step % EVERY == 0:
+            save(engine)
     return time.perf_counter() - begin
 
 
 def main() -> int:
     """Measure, print the table, and return 1 if asynchronous saves cost more than the limit."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--turns", type=int, default=5, help="turns per row")
+    parser.add_argument("--turns", type=int, default=7, help="turns per row")
     parser.add_argument("--directory", help="where to save; default: a temporary directory")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch")
     batch = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(dir=options.directory) as root:
-        rows = {
-            "no save": (build(f"{root}/none", False), False),
-            "asynchronous": (build(f"{root}/background", True), True),
-            "synchronous": (build(f"{root}/foreground", False), True),
-        }
+        background, foreground = Peer(f"{root}/dcp", True), Peer(f"{root}/torch", False)
+        rows: dict[str, tuple[powertrain.Engine, Callable[[powertrain.Engine], object], Callable[[], object]]] = {}
+        for name, asynchronous in (("powertrain, asynchronous", True), ("powertrain, synchronous", False)):
+            engine = build(f"{root}/{name}", asynchronous)
+            rows[name] = engine, powertrain.Engine.save_checkpoint, engine.load_checkpoint
+        rows["torch async_save"] = build(f"{root}/unused", False), background.save, background.wait
+        rows["torch.save + fsync"] = build(f"{root}/unused", False), foreground.save, foreground.wait
+        rows["no save"] = build(f"{root}/unused", False), lambda _: None, lambda: None
         times: dict[str, list[float]] = {name: [] for name in rows}
         for number in range(options.turns + 1):
-            for name, (engine, saves) in rows.items():
-                taken = turn(engine, batch, saves)
-                if saves:
-                    engine.load_checkpoint()  # waits for the save under way, outside the measurement
+            for name, (engine, save, drain) in rows.items():
+                taken = turn(engine, batch, save)
+                drain()  # the last save of the turn, outside the measurement: the next turn is another row's
                 if number:  # the first turn warms up
                     times[name].append(taken)
-        for engine, _ in rows.values():
+        for engine, _, _ in rows.values():
             engine.close()
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     plain = medians["no save"]
-    print(f"{'':14} {'ms/step':>8} {'ratio':>6}")
+    print(f"{'a save every ' + str(EVERY) + ' steps':26} {'ms/step':>8} {'ratio':>6}")
     for name, taken in medians.items():
-        print(f"{name:14} {1e3 * taken / STEPS:8.1f} {taken / plain:6.3f}")
-    held = medians["asynchronous"] <= LIMIT * plain
-    print(f"an asynchronous save every {EVERY} steps: at most {LIMIT - 1:.0%} wanted, {'held' if held else 'NOT held'}")
+        print(f"{name:26} {1e3 * taken / STEPS:8.1f} {taken / plain:6.3f}")
+    held = medians["powertrain, asynchronous"] <= LIMIT * plain
+    print(f"asynchronous saves may add {LIMIT - 1:.0%}: {'met' if held else 'MISSED'}")
     return 0 if held else 1
 
 
