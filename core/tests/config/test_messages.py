@@ -12,6 +12,8 @@ from attrs import validators
 from powertrain.config import read, structure
 from powertrain.errors import ConfigError, PluginBroken
 
+INF = float("inf")
+
 
 @attrs.frozen(kw_only=True)
 class Tier:
@@ -140,8 +142,8 @@ def problems(text: str, tmp_path: pathlib.Path, **arguments: Any) -> list[str]:
         (
             "[precision]\nloss_scale = 'dynamik'",
             (
-                '2:1  precision.loss_scale: wrong type; expected "dynamic" or a number, found "dynamik" (a string); '
-                'did you mean "dynamic"?'
+                '2:1  precision.loss_scale: wrong type; expected "dynamic" or a number > 0 and finite, '
+                'found "dynamik" (a string); did you mean "dynamic"?'
             ),
         ),
         (
@@ -166,6 +168,14 @@ def problems(text: str, tmp_path: pathlib.Path, **arguments: Any) -> list[str]:
         (
             "[scheduler]\nname = 'linear'\nsteps = 10\nwarmup = 11",
             "4:1  scheduler.warmup: warmup must fit into steps, but 11 > 10",
+        ),
+        (
+            "[scheduler]\nname = 'one-cycle'\nsteps = 10\nwarmup = 11",
+            "4:1  scheduler.warmup: warmup must fit into steps, but 11 > 10",
+        ),
+        (
+            "[scheduler]\nname = 'constant'\nfinal = 0.1",
+            "3:1  scheduler.final: unknown key; expected one of warmup, name, enabled",
         ),
         (
             "[batch]\nmicro = 8\naccumulation = 4\ntotal = 48",
@@ -296,3 +306,30 @@ def test_types_that_cannot_be_resolved_are_the_plugin_s_fault() -> None:
 
     with pytest.raises(PluginBroken, match="Nowhere"):
         structure(read({"broken": {"x": 1}}, environ={}), {"broken": Broken})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "expected"),
+    [
+        ("precision", "loss_scale", 0, '"dynamic" or a number > 0 and finite, found 0.0'),
+        ("precision", "loss_scale", -8.0, '"dynamic" or a number > 0 and finite, found -8.0'),
+        ("precision", "loss_scale", INF, '"dynamic" or a number > 0 and finite, found inf'),
+        ("optimizer", "clip", INF, "a number > 0 and finite, found inf"),
+        ("optimizer", "lr", INF, "a number >= 0 and finite, found inf"),
+        ("optimizer", "lr", -0.1, "a number >= 0 and finite, found -0.1"),
+        ("communicator", "timeout", INF, "a number > 0 and <= 2592000, found inf"),
+        ("communicator", "timeout", 1e300, "a number > 0 and <= 2592000, found 1e+300"),
+    ],
+)
+def test_numbers_that_no_run_can_use(section: str, key: str, value: float, expected: str) -> None:
+    """Infinite or negative factors, rates and times are out of range, in words."""
+    with pytest.raises(ConfigError) as error:
+        structure(read({section: {key: value}}, environ={}), {})
+    (problem,) = error.value.problems
+    assert str(problem) == f"config argument  {section}.{key}: out of range; expected {expected}"
+
+
+@pytest.mark.parametrize("value", ["dynamic", 1, 128.0])
+def test_loss_scales_that_are_legal(value: Any) -> None:
+    """A loss scale is "dynamic" or any number above 0."""
+    assert structure(read({"precision": {"loss_scale": value}}, environ={}), {}).precision.loss_scale == value

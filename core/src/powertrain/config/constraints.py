@@ -7,6 +7,7 @@ are recognised here by the attributes that hold what they were constructed with.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,18 @@ from attrs import validators
 
 _OPTIONAL: Any = type(validators.optional(validators.ge(0)))
 _BOUNDS = {">=": "minimum", ">": "exclusiveMinimum", "<=": "maximum", "<": "exclusiveMaximum"}
+
+
+def finite(instance: Any, attribute: Any, value: Any) -> None:
+    """Refuse an infinite number; what is no number passes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"must be finite, not {value}")
+
+
+def positive(instance: Any, attribute: Any, value: Any) -> None:
+    """Refuse a number that is not above 0; unlike attrs' ``gt``, what is no number passes."""
+    if isinstance(value, (int, float)) and not value > 0:
+        raise ValueError(f"must be above 0, not {value}")
 
 
 @attrs.frozen
@@ -61,6 +74,10 @@ def words(validator: Any) -> str:
 
 
 def _leaf(validator: Any) -> Constraint:
+    if validator is finite:
+        return Constraint(validator, "finite", {})  # JSON has no other numbers
+    if validator is positive:
+        return Constraint(validator, "> 0", {"exclusiveMinimum": 0})
     if hasattr(validator, "compare_op"):
         operator, bound = validator.compare_op, validator.bound
         return Constraint(validator, f"{operator} {bound}", {_BOUNDS[operator]: bound})

@@ -10,9 +10,11 @@ from typing import Any
 import attrs
 from attrs import validators
 
+from powertrain.config.constraints import finite
 
-def _number(default: float, *checks: Any) -> Any:
-    return attrs.field(default=default, validator=[validators.ge(0), *checks])
+
+def _number(default: float) -> Any:
+    return attrs.field(default=default, validator=[validators.ge(0), finite])
 
 
 def _betas() -> Any:
@@ -89,7 +91,7 @@ class SGD(FusedLoop):
     momentum: float = _number(0.0)
     """Decay of the running sum of gradients, per step; 0 keeps none."""
 
-    dampening: float = attrs.field(default=0.0)
+    dampening: float = attrs.field(default=0.0, validator=finite)
     """One minus the weight of a new gradient in the running sum."""
 
     weight_decay: float = _number(0.0)

@@ -13,7 +13,6 @@ from attrs import validators
 
 from powertrain.config.constraints import finite, positive
 
-
 LONGEST_TIMEOUT = 30 * 24 * 3600
 """Seconds, 30 days: libraries below count in milliseconds or nanoseconds, and larger numbers overflow them."""
 
