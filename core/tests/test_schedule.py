@@ -89,16 +89,18 @@ def test_wsd_is_its_closed_form(shape: str, form: Any) -> None:
     assert rates("wsd", options, 14) == pytest.approx(up + flat + down + [LR * 0.1])
 
 
-def test_one_cycle_is_its_closed_form() -> None:
-    """Half a cosine up from ``start``, half a cosine down to ``final``."""
-    mine = rates("one-cycle", {"steps": 10, "up": 0.3, "start": 0.04, "final": 0.01}, 12)
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_one_cycle_is_its_closed_form(warmup: int) -> None:
+    """A line up to ``start``, then within ``steps`` half a cosine up and half a cosine down to ``final``."""
+    options = {"steps": 10 + warmup, "up": 0.3, "start": 0.04, "final": 0.01, "warmup": warmup}
 
     def blend(low: float, high: float, t: float) -> float:
         return LR * (low + (high - low) * (1 - cos(pi * t)) / 2)
 
+    line = [LR * 0.04 * (k + 1) / warmup for k in range(warmup)]
     up = [blend(0.04, 1.0, k / 3) for k in range(3)]
     down = [blend(1.0, 0.01, k / 7) for k in range(8)]
-    assert mine == pytest.approx(up + down + [LR * 0.01])
+    assert rates("one-cycle", options, 12 + warmup) == pytest.approx(line + up + down + [LR * 0.01])
 
 
 @pytest.mark.parametrize(

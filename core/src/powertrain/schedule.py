@@ -1,7 +1,8 @@
 """Learning-rate schedules, as a factor on each group's own learning rate.
 
 Step ``s`` counts applied updates from 0, so the first update uses
-``factor(0)``. Warm-up rises linearly to 1 and takes no step at zero.
+``factor(0)``. Warm-up rises linearly to where the schedule begins, which is the
+peak except for one-cycle, and takes no step at zero.
 """
 
 from __future__ import annotations
@@ -186,8 +187,8 @@ def _alike(saved: Any, own: Any) -> Any:
 
 
 def warm_up(after: Factor, warmup: int) -> Factor:
-    """Rise to 1 over ``warmup`` steps, then follow ``after`` from its own step 0."""
-    return lambda step: (step + 1) / warmup if step < warmup else after(step - warmup)
+    """Rise over ``warmup`` steps to where ``after`` begins, then follow it from its own step 0."""
+    return lambda step: after(0) * (step + 1) / warmup if step < warmup else after(step - warmup)
 
 
 def constant() -> Factor:
@@ -241,7 +242,7 @@ def build(name: str, options: Mapping[str, Any], optimizer: torch.optim.Optimize
         return TorchSchedule(_dotted(name, options, optimizer))
     rest = dict(options)
     warmup = rest.pop("warmup", 0)
-    if "steps" in rest and name != "one-cycle":
+    if "steps" in rest:
         # ``steps`` is the whole run; the shapes below begin after the warm-up.
         rest["steps"] = max(1, rest["steps"] - warmup)
     shapes: dict[str, Callable[..., Factor]] = {

@@ -75,19 +75,27 @@ class WarmupStableDecay(Decay):
 
 @attrs.frozen(kw_only=True)
 class OneCycle:
-    """Half a cosine up to the peak, then half a cosine down to ``final`` (Smith and Topin, 2018)."""
+    """A linear warm-up, half a cosine up to the peak, then half a cosine down to ``final`` (Smith and Topin, 2018)."""
 
     steps: int = _steps()
-    """Steps of the whole cycle."""
+    """Steps of the whole schedule, warm-up included."""
+
+    warmup: int = attrs.field(default=0, validator=validators.ge(0))
+    """Steps over which the learning rate rises from 0 to ``start``. Default 0: none."""
 
     up: float = _fraction(0.3)
-    """Fraction of the steps in which the learning rate rises. Default 0.3."""
+    """Fraction of the cycle, the steps after the warm-up, in which the learning rate rises to its peak. Default 0.3."""
 
     start: float = _fraction(0.04)
-    """Fraction of the peak at step 0. Default 0.04."""
+    """Fraction of the peak at which the cycle begins. Default 0.04."""
 
     final: float = _fraction(4e-6)
     """Fraction of the peak at which the cycle ends. Default 4e-6."""
+
+    @warmup.validator
+    def _check_warmup(self, attribute: attrs.Attribute[int], value: int) -> None:
+        if value > self.steps:
+            raise ValueError(f"warmup must fit into steps, but {value} > {self.steps}")
 
 
 SCHEDULES: dict[str, type[Any]] = {

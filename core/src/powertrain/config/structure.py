@@ -137,7 +137,7 @@ def _problem(document: Document, section: str, item: Mismatch, elsewhere: Lookup
     suggestion, expected = item.suggestion, item.expected
     if item.keys:
         suggestion = words.either([dotted((*path[:-1], name)) for name in item.keys])
-    elif item.message == "unknown key" and (paths := elsewhere(str(path[-1]))):
+    elif item.message == "unknown key" and (paths := [p for p in elsewhere(str(path[-1])) if p != dotted(path)]):
         suggestion, expected = words.either(paths), None
     return document.problem(path, item.message, expected=expected, found=item.found, suggestion=suggestion)
 
