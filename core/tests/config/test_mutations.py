@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from powertrain.config import read, structure
+from powertrain.config.converter import make_converter
+from powertrain.config.mismatch import Mismatches
 from powertrain.config.options import all_options
-from powertrain.config.record import keys, open_field
+from powertrain.config.record import keys, open_field, table
 from powertrain.config.tables import CORE_TABLES
 from powertrain.discovery import installed, load
 from powertrain.errors import ConfigError
 
-LETTERS = "ax_"
+LETTERS = string.ascii_lowercase + string.digits + "-_"
 
 
 def plugin_tables() -> dict[str, type[Any]]:
@@ -43,18 +46,33 @@ def mutations(word: str) -> set[str]:
 @pytest.mark.parametrize("section", sorted({*CORE_TABLES, *installed()}))
 def test_each_mutation_of_a_key_is_rejected(section: str) -> None:
     """Every mutation is an unknown key at its own path, and the suggestion names the original."""
-    schemas = plugin_tables()
-    for name, legal in variants({**schemas, **CORE_TABLES}[section]):
+    kind = {**plugin_tables(), **CORE_TABLES}[section]
+    options = all_options({})
+    converter = make_converter(options)
+    for name, legal in variants(kind):
         for word in legal:
             wrongs = mutations(word) - {*legal, "enabled"}
             assert len(wrongs) >= 4 * len(word)
             for wrong in wrongs:
-                table = {wrong: 1, **({"name": name} if name and word != "name" else {})}
-                with pytest.raises(ConfigError) as error:
-                    structure(read({section: table}, environ={}), schemas)
-                (problem,) = (item for item in error.value.problems if item.path == f"{section}.{wrong}")
-                assert problem.message == "unknown key"
-                assert f"{section}.{word}" in problem.suggestion.replace(" or ", ", ").split(", ")
+                # What `structure` does for one section, without making all the other sections each time.
+                content = {wrong: 1, **({"name": name} if name and word != "name" else {})}
+                with pytest.raises(Mismatches) as error:
+                    table(converter, options, content, kind, ("enabled",))
+                (item,) = (item for item in error.value.items if item.path == (wrong,))
+                assert item.message == "unknown key"
+                assert word in item.keys
+
+
+def test_a_misspelt_key_is_told_with_its_whole_path() -> None:
+    """What is found in a table becomes a problem at the full path, and the suggestion is a full path too."""
+    for section, kind in {**plugin_tables(), **CORE_TABLES}.items():
+        for word in keys(kind):
+            wrong = word + "q"
+            with pytest.raises(ConfigError) as error:
+                structure(read({section: {wrong: 1}}, environ={}), plugin_tables())
+            (problem,) = (item for item in error.value.problems if item.path == f"{section}.{wrong}")
+            assert problem.message == "unknown key"
+            assert f"{section}.{word}" in problem.suggestion.replace(" or ", ", ").split(", ")
 
 
 @pytest.mark.parametrize("section", list(CORE_TABLES))
