@@ -736,3 +736,17 @@ def test_a_read_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert plain_after == plain
         monkeypatch.undo()
         assert state.restore(engine, reader).step == 6
+
+
+def test_automatic_saves_carry_the_client_state_on(tmp_path: Path) -> None:
+    """What a load found is saved again where the caller gives nothing; an empty dict clears it."""
+    config = {"checkpoint": {"directory": str(tmp_path), "every": 1}}
+    with start(config) as engine:
+        engine.save_checkpoint(tag="first", client_state={"best": 3})
+    with start(config) as engine:
+        engine.load_checkpoint()
+        engine.train_step(batch())
+    with start(config) as engine:
+        assert engine.load_checkpoint().client_state == {"best": 3}
+        engine.save_checkpoint(tag="last", client_state={})
+        assert engine.load_checkpoint(tag="last").client_state == {}

@@ -55,6 +55,25 @@ def test_ranks_of_other_data_differ() -> None:
     assert seen[0] == seen[1] != seen[2] == seen[3]
 
 
+def test_neighbouring_seeds_share_no_rank() -> None:
+    """Runs that differ in their seed by a little share no rank's numbers, so averages over seeds mean something."""
+    seen = []
+    for seed in range(4):
+        for rank in range(4):
+            random_state.seed_all(context(rank), seed)
+            seen.append(draw())
+    for kind in zip(*seen, strict=True):
+        assert len(set(kind)) == 16
+
+
+def test_the_first_rank_has_the_seed_itself() -> None:
+    """The first rank draws what ``torch.manual_seed`` of the configured seed gives."""
+    random_state.seed_all(context(), 5)
+    found = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(found, torch.rand(3))
+
+
 def test_any_seed_of_the_schema_fits() -> None:
     """The largest legal seed overflows no generator."""
     random_state.seed_all(context(3), 2**63 - 1)

@@ -10,13 +10,16 @@ import torch
 
 from powertrain.context import Context
 
+_STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of neighbouring ranks: 2**64 over the golden ratio, odd, and far from any seed people choose."""
+
 
 def seed_all(context: Context, seed: int) -> None:
     """Seed Python's, NumPy's (if loaded), torch's and the device's generators.
 
-    Ranks of different data index differ, so that dropout does.
+    Ranks of different data index differ, so that dropout does; the first one's seed is ``seed`` itself.
     """
-    value = (seed + context.mesh.index("data")) % 2**63
+    value = (seed + context.mesh.index("data") * _STRIDE) % 2**63
     random.seed(value)
     torch.default_generator.manual_seed(value)
     context.accelerator.seed(value, context.device)

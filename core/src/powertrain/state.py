@@ -94,6 +94,10 @@ def _aliases(module: torch.nn.Module) -> dict[str, str]:
 def snapshot(engine: Engine, client_state: dict[str, Any] | None) -> Snapshot:
     """Return this rank's part of the engine's state.
 
+    Args:
+        engine: what is saved.
+        client_state: the caller's own JSON; None carries on what the last load found.
+
     Raises:
         CheckpointError: ``client_state`` is not JSON.
     """
@@ -105,7 +109,7 @@ def snapshot(engine: Engine, client_state: dict[str, Any] | None) -> Snapshot:
     for kind, value in random_state.state_tensors(context).items():
         tensors.append(TensorSlice(f"rng/{context.rank.index}/{kind}", tuple(value.shape), value.reshape(-1)))
     try:
-        client = json.loads(json.dumps(client_state or {}))
+        client = json.loads(json.dumps(engine.client_state if client_state is None else client_state))
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             "client_state is not JSON",
