@@ -9,14 +9,19 @@ from typing import Any
 
 import attrs
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from powertrain.config import Config, read, structure
+from powertrain.cli.root import cli
+from powertrain.config import Config, derive, read, resolve_batch, structure
 from powertrain.config.schema import legal_keys
+from powertrain.config.tables import CORE_TABLES
+from powertrain.discovery import installed, load
 from powertrain.errors import ConfigError
 
-LEGAL = [(key.section, key.name) for key in legal_keys({})]
+TABLES = {name: load(name).Config for name in installed() if name not in CORE_TABLES}
+LEGAL = [(key.section, key.name) for key in legal_keys(TABLES)]
 VALUES = [
     *("0", "1", "-1", "2.5", "nan", "inf", "-inf", "1e400", "true", '"adamw"', '"8"', '""', '"torch.optim.SGD"'),
     *("[]", "[0.9, 0.95]", "[0.9]", "[[1]]", "{}", "{ a = 1 }", "1979-05-27", "07:32:00", '"cosine"', '"fp16"'),
@@ -54,7 +59,10 @@ def path() -> Iterator[pathlib.Path]:
 def attempt(path: pathlib.Path, text: str) -> None:
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
-        config = structure(read(path, environ={}), {})
+        config = structure(read(path, environ={}), TABLES, installed=list(TABLES))
+        for ranks in (1, 3):
+            assert resolve_batch(config.batch, ranks, config.origins).total % ranks == 0
+            assert isinstance(derive(config, ranks), Config)
     except ConfigError as error:
         assert error.problems
         assert all(str(problem) for problem in error.problems)
@@ -78,6 +86,22 @@ def test_junk_gives_an_error_in_words(path: pathlib.Path, text: str) -> None:
 def test_misused_keys_give_an_error_in_words(path: pathlib.Path, text: str) -> None:
     """Five thousand files of legal keys, misplaced and with odd values, raise nothing but ConfigError."""
     attempt(path, text)
+
+
+@settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(text=st.one_of(JUNK, likely()), ranks=st.sampled_from(["1", "2", "7"]))
+def test_the_command_tells_any_file_in_words(path: pathlib.Path, text: str, ranks: str) -> None:
+    """`powertrain config check` and `show` exit with 0 or 2 on any file, never with a traceback."""
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    codes = set()
+    for command in (["check", str(path), "--ranks", ranks], ["show", str(path), "--ranks", ranks, "--origin"]):
+        result = CliRunner().invoke(cli, ["config", *command])
+        assert isinstance(result.exception, (SystemExit, type(None))), result.exception
+        assert result.exit_code in (0, 2), result.output
+        assert (result.exit_code == 0) == (result.stderr == ""), result.stderr
+        assert "Traceback" not in result.output and "internal error" not in result.output
+        codes.add(result.exit_code)
+    assert len(codes) == 1  # what passes the check can be shown
 
 
 @attrs.frozen(kw_only=True)
