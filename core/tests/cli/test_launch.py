@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from powertrain.cli.launch_plan import LaunchPlan, check_endpoint, parse_nodes, thread_variables
+from powertrain.cli.launch_plan import LaunchPlan, check_endpoint, parse_nodes, rank_variables
 from powertrain.errors import LaunchError
 
 
@@ -348,11 +348,11 @@ def test_threads_are_shared_among_ranks(monkeypatch):
     """OMP_NUM_THREADS splits the cores, is at least one, and a value of the user's stays."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("powertrain.cli.launch_plan.cores", lambda: 8)
-    assert thread_variables(3) == {"OMP_NUM_THREADS": "2"}
-    assert thread_variables(100) == {"OMP_NUM_THREADS": "1"}
-    assert thread_variables(1) == {}
+    assert rank_variables(3) == {"OMP_NUM_THREADS": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    assert rank_variables(100)["OMP_NUM_THREADS"] == "1"
+    assert rank_variables(1) == {}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert thread_variables(3) == {}
+    assert rank_variables(3) == {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def test_nodes_and_endpoints():

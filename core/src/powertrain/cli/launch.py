@@ -21,7 +21,7 @@ from powertrain.cli.launch_plan import (
     check_script,
     cores,
     parse_nodes,
-    thread_variables,
+    rank_variables,
 )
 from powertrain.errors import LaunchError
 
@@ -87,7 +87,7 @@ def launch(
         endpoint=endpoint,
         rendezvous_id=rdzv_id,
         max_restarts=max_restarts,
-        variables={**environment.variables(environment.DISABLE), **thread_variables(processes)},
+        variables={**environment.variables(environment.DISABLE), **rank_variables(processes)},
     )
     if dry_run:
         click.echo(plan.shell())

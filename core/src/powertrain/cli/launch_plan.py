@@ -80,11 +80,16 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def thread_variables(processes: int) -> dict[str, str]:
-    """Return OMP_NUM_THREADS so that the ranks share the cores, unless it is set or there is one rank."""
-    if processes == 1 or environment.variables("OMP_NUM_THREADS"):
+def rank_variables(processes: int) -> dict[str, str]:
+    """Return what several ranks need in their environment and nobody has set.
+
+    Threads so that the ranks share the cores, and quiet for torch's native
+    log, whose stack dumps would bury the report of why a run ended.
+    """
+    if processes == 1:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores() // processes)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {name: value for name, value in wanted.items() if not environment.variables(name)}
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
