@@ -76,7 +76,7 @@ def test_too_few_samples_are_refused() -> None:
     with pytest.raises(DataError, match="has 11 samples, fewer than one global batch") as caught:
         EpochSampler(11, sizes, 0, 2, 0)
     assert caught.value.code == "PT410"
-    assert caught.value.expected == "at least 12 = micro 2 x accumulation 3 x 2 ranks"
+    assert caught.value.expected == "at least 12 = micro 2 x accumulation 3 x 2 data ranks"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_too_few_samples_are_refused() -> None:
     [
         ({"length": 99}, ["its length differs", "length = 99", "use the dataset of the checkpoint"]),
         ({"seed": 7}, ["its seed differs", "seed = 7", "set `[run] seed = 7`"]),
-        ({"kind": "shuffled"}, ["its kind differs", "kind = shuffled", "kind = epoch"]),
-        ({"kind": None}, ["its kind differs"]),
+        ({"kind": "shuffled"}, ["another sampler wrote it", "kind = shuffled", "kind = epoch"]),
+        ({"kind": None}, ["another sampler wrote it"]),
     ],
 )
 def test_positions_of_another_order_are_refused(change: dict[str, object], says: list[str]) -> None:
