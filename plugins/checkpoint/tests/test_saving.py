@@ -427,6 +427,24 @@ def test_what_is_not_json_is_refused_by_its_place(outcomes, tmp_path, values, pl
     assert error.where == place
 
 
+def test_what_differs_between_ranks_is_named(outcomes, tmp_path):
+    """Values and tags that differ between ranks are refused by their place, and leave nothing behind."""
+
+    def work(communicator):
+        values = {"step": 3, "client": {"loss": 0.5 + communicator.rank // 2}}
+        DirectoryStore(tmp_path, communicator).save("a", Snapshot(tensors=[], values=values, rank_values={}))
+
+    def tags(communicator):
+        save(DirectoryStore(tmp_path, communicator), communicator, f"a{communicator.rank}", 1)
+
+    for error in outcomes(3, work):
+        assert isinstance(error, CheckpointError)
+        assert error.where == "values.client"
+        assert "ranks 0 and 2" in str(error)
+    assert [error.where for error in outcomes(2, tags)] == ["tag", "tag"]
+    assert not list(tmp_path.iterdir())
+
+
 def leftover(root, host=None, age=0.0):
     """Make what a save that died ``age`` seconds ago has left."""
     path = root / f".old.partial-{host or directory._host()}-{uuid.uuid4().hex[:12]}"

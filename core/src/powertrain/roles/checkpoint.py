@@ -119,6 +119,8 @@ class CheckpointStore(ABC):
 
         Raises:
             CheckpointWriteFailed: the disk refused, on this rank or another.
+            CheckpointError: values are not JSON on some rank, or ``values`` differ between
+                ranks; raised on all of them.
         """
 
     @abstractmethod

@@ -228,6 +228,21 @@ class CheckpointStoreContract:
 
         assert self.on_ranks(2, tmp_path, body) == [[], []]
 
+    @pytest.mark.parametrize("asynchronous", [False, True])
+    def test_common_values_must_be_common(self, tmp_path: Path, asynchronous: bool) -> None:
+        """``values`` that are not JSON on one rank, or differ between ranks, fail the save on every rank."""
+
+        def body(store: CheckpointStore, communicator: Communicator) -> list[str]:
+            given, first = snapshot(communicator), communicator.rank == 0
+            for bad in ({"step": 1 if first else 2}, {"step": 1 if first else object()}, {"step": 1} if first else {}):
+                wrong = Snapshot(tensors=given.tensors, values=bad, rank_values={})
+                with pytest.raises(CheckpointError):
+                    store.save("bad", wrong, asynchronous=asynchronous)
+                    store.wait()
+            return store.tags()
+
+        assert self.on_ranks(2, tmp_path, body) == [[], []]
+
     def test_saves_are_told_once(self, tmp_path: Path) -> None:
         """``poll`` tells the tags of synchronous saves too, oldest first, and each of them once."""
 

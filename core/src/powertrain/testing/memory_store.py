@@ -104,7 +104,10 @@ class MemoryStore(CheckpointStore):
         failures = [text for text in self._communicator.gather_json(failure) if text]
         if not failures and self._communicator.rank == 0:
             try:
-                reader = MemoryReader(tag, [snapshot for _, snapshot in sorted(self._shelf.pending.items())])
+                snapshots = [snapshot for _, snapshot in sorted(self._shelf.pending.items())]
+                if any(snapshot.values != snapshots[0].values for snapshot in snapshots):
+                    raise CheckpointError("values differ between ranks")
+                reader = MemoryReader(tag, snapshots)
             except CheckpointError as error:
                 failures = [str(error)]
             else:
@@ -152,6 +155,6 @@ def _copy(snapshot: Snapshot) -> Snapshot:
         limit = math.prod(piece.shape if piece.block is None else piece.block.sizes)
         if piece.start + piece.tensor.numel() > limit:
             raise ValueError(f"the slice of {piece.name!r} leaves its tensor")
-    json.dumps([snapshot.values, snapshot.rank_values])
+    values, rank_values = json.loads(json.dumps([snapshot.values, snapshot.rank_values]))
     tensors = [attrs.evolve(piece, tensor=piece.tensor.detach().clone()) for piece in snapshot.tensors]
-    return attrs.evolve(snapshot, tensors=tensors)
+    return Snapshot(tensors=tensors, values=values, rank_values=rank_values)

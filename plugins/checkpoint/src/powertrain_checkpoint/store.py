@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,8 @@ class DirectoryStore(CheckpointStore):
         Raises:
             CheckpointWriteFailed: the disk refused, here or on another rank, now or in an
                 earlier asynchronous save that nobody has asked about.
-            CheckpointError: the slices do not make up whole tensors, values are not JSON, or the tag is no name.
+            CheckpointError: the slices do not make up whole tensors, values are not JSON or differ
+                between ranks, or the tag is no name; on every rank.
         """
         self._settle()
         save = self._prepare(tag, snapshot)
@@ -176,7 +177,11 @@ class DirectoryStore(CheckpointStore):
             return offer
 
         try:
-            made, shares = together(self._communicator, "checkpoint start", make, self._share)
+            same = {"tag": tag, **{f"values.{key}": value for key, value in snapshot.values.items()}}
+            made, shares = together(
+                self._communicator, "checkpoint start", make, lambda offer: self._share(offer, same)
+            )
+            _check_same(shares)
             plan = self._plan(made, all(share["known"] for share in shares))
         except BaseException:
             if offer is not None and offer.workplace is not None:
@@ -211,9 +216,10 @@ class DirectoryStore(CheckpointStore):
                 f"checkpoint {tag} was not saved: {error.strerror or error}", where=error.filename or str(self._root)
             ) from error
 
-    def _share(self, offer: _Offer) -> dict[str, Any]:
+    def _share(self, offer: _Offer, same: Mapping[str, Any]) -> dict[str, Any]:
         known = self._planned is not None and self._planned[0] == offer.layout
-        return {"known": known, "workplace": offer.workplace.path.name if offer.workplace else None}
+        hashes = {key: hashlib.sha256(_text(value)).hexdigest()[:16] for key, value in same.items()}
+        return {"known": known, "workplace": offer.workplace.path.name if offer.workplace else None, "same": hashes}
 
     def _plan(self, offer: _Offer, known: bool) -> Plan:
         """Return the plan of the last save if no rank's layout has changed, or make one with the others."""
@@ -288,6 +294,24 @@ def _end(background: Background, patience: Patience) -> None:
             _log.error("%s", error)
         else:
             return
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def _check_same(shares: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a save to which ranks bring different JSON where it must be the same; every rank raises alike."""
+    first = shares[0]["same"]
+    for rank, share in enumerate(shares):
+        keys = sorted(first.keys() | share["same"].keys())
+        if wrong := [key for key in keys if first.get(key) != share["same"].get(key)]:
+            raise CheckpointError(
+                f"ranks 0 and {rank} bring different JSON to one checkpoint",
+                where=", ".join(wrong),
+                expected="the same on every rank",
+                remedy="give every rank the same client_state, or gather what differs before saving",
+            )
 
 
 def _check_json(what: str, value: Any, path: str = "") -> None:
