@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +211,31 @@ def test_the_black_box_starts_over_when_full():
         assert int(held["records"][-1]["label"]) == count - 1
     finally:
         box.close()
+
+
+LEAVE_A_BOX = """
+import os, signal
+from powertrain_comm.watchdog.blackbox import BlackBox
+print(BlackBox().path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_rank_left_is_removed_by_the_next_run(tmp_path, monkeypatch):
+    """A new black box removes files whose process was killed, not those of living ones, fresh ones or others."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command = [sys.executable, "-c", LEAVE_A_BOX]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    stale, fresh = (
+        Path(subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=False).stdout.strip())
+        for _ in range(2)
+    )
+    other = tmp_path / "powertrain-notes.txt"
+    other.touch()
+    living = BlackBox()
+    for path in (stale, other, living.path):
+        os.utime(path, (0, 0))
+    assert stale.parent == fresh.parent == tmp_path and stale.exists()
+    BlackBox().close()
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, other, living.path])
+    living.close()

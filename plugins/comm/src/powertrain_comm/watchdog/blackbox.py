@@ -8,11 +8,13 @@ same host read its file.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
 import struct
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,28 @@ TEXT = SLOT_SIZE * SLOTS
 SIZE = 1 << 18
 """Bytes of the file; most pages are never touched."""
 
+PREFIX, SUFFIX = "powertrain-", ".collectives"
+"""Every such file in the directory for temporary files is a black box."""
+
+FRESH = 60.0
+"""Seconds in which a file may be there and not be locked yet."""
+
 
 class BlackBox:
-    """Writes one rank's file; a description that was written before is written no second time."""
+    """Writes one rank's file; a description that was written before is written no second time.
+
+    The file is locked for as long as the process lives. What processes that
+    were killed left behind is removed when the next one starts.
+    """
 
     def __init__(self) -> None:
-        descriptor, path = tempfile.mkstemp(prefix="powertrain-", suffix=".collectives")
+        _sweep()
+        descriptor, path = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX)
         self.path = Path(path)
         try:
+            # The map holds a copy of the descriptor, and with it the lock. A file system without locks has no sweep.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, SIZE)
             self._map = mmap.mmap(descriptor, SIZE)
         finally:
@@ -69,6 +85,21 @@ class BlackBox:
         """Remove the file; closing twice does nothing."""
         self.path.unlink(missing_ok=True)
         self._map.close()
+
+
+def _sweep() -> None:
+    """Remove this user's files that no process holds any more."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*{SUFFIX}"):
+        with contextlib.suppress(OSError):  # it is locked, or another rank was faster
+            facts = path.lstat()
+            if facts.st_uid != os.getuid() or time.time() - facts.st_mtime < FRESH:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def read(path: str) -> dict[str, Any] | None:
