@@ -259,7 +259,7 @@ def without_plugins(names: Iterable[str]) -> dict[str, str]:
 
 def strict_plugins(environ: Mapping[str, str] | None = None) -> bool:
     """Return whether ``POWERTRAIN_STRICT_PLUGINS=1`` makes every broken plugin an error."""
-    return (os.environ if environ is None else environ).get("POWERTRAIN_STRICT_PLUGINS") == "1"
+    return setting("POWERTRAIN_STRICT_PLUGINS", environ) == "1"
 
 
 def variables(*prefixes: str, environ: Mapping[str, str] | None = None) -> dict[str, str]:
