@@ -296,7 +296,7 @@ class Engine:
         Args:
             directory: where checkpoints live; default ``[checkpoint] directory``.
             tag: the checkpoint's name; default ``step-<global_step>``.
-            client_state: JSON of your own, the same on every rank.
+            client_state: JSON of your own, the same on every rank; default what the last load found.
 
         Raises:
             CheckpointWriteFailed: the disk refused; asynchronous saves raise at a later step.
@@ -318,7 +318,7 @@ class Engine:
 
         Raises:
             CheckpointMissing, ManifestMissing, ShardMissing, ShardTruncated, ShardCorrupt,
-            CheckpointMismatch: nothing was loaded.
+            CheckpointMismatch, DataError: nothing was loaded; a half-done accumulation is dropped.
         """
         with self._guard():
             self.optimizer_wrapper.discard()
