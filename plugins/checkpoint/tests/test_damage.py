@@ -112,6 +112,24 @@ def test_any_altered_byte_of_a_shard_is_found(outcomes, saved):
         assert_all_raise(outcomes(WORLD, load(saved)), ShardCorrupt, path.name)
 
 
+@pytest.mark.parametrize("damaged", range(WORLD))
+def test_a_damaged_block_changes_no_tensor_on_any_rank(on_ranks, saved, damaged):
+    """When one rank's part of the files is damaged, every rank's tensors stay as they were, also those read before."""
+    path = saved / "two" / f"rank-0000{damaged}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    def work(communicator):
+        got = slices(communicator.rank, fill=-1)
+        everything = torch.full((600,), -1.0)
+        for wanted in (got, [*got, TensorSlice("model/w", (20, 30), everything)]):
+            with pytest.raises(ShardCorrupt):
+                DirectoryStore(saved, communicator).open("two").read(wanted)
+            assert all(bool((item.tensor == -1).all()) for item in wanted)
+
+    on_ranks(WORLD, work)
+
+
 def test_any_altered_byte_of_a_manifest_is_found(outcomes, saved):
     """Whichever byte of the manifest changes, or if it ends early, every rank raises ShardCorrupt."""
     path = saved / "two" / manifest.FILE_NAME

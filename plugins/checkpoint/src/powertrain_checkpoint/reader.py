@@ -7,9 +7,10 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import attrs
 import torch
 
 from powertrain.errors import CheckpointMismatch
@@ -25,6 +26,17 @@ _log = logging.getLogger("powertrain.checkpoint")
 
 _BAND = 16 * BLOCK
 """Bytes read and copied at a time, so that a load needs little memory beside the state itself."""
+
+
+@attrs.frozen(eq=False)
+class _Job:
+    """The part of ``chunk`` at ``source`` of extent ``lengths`` goes to ``target``."""
+
+    chunk: Chunk
+    dtype: str
+    source: tuple[int, ...]
+    lengths: tuple[int, ...]
+    target: torch.Tensor
 
 
 class DirectoryReader(CheckpointReader):
@@ -49,7 +61,9 @@ class DirectoryReader(CheckpointReader):
     def read(self, slices: Sequence[TensorSlice]) -> None:
         """Fill the slices in place, converting element types; verify every block that is read.
 
-        Nothing is changed when a name or shape is wrong on any rank.
+        Nothing is changed on any rank when a name or shape is wrong, or a block damaged, on one:
+        each needed byte is read twice, first only to verify, then (mostly from the
+        page cache) to verify and copy.
 
         Raises:
             CheckpointMismatch: names or shapes differ from the checkpoint's.
@@ -57,7 +71,9 @@ class DirectoryReader(CheckpointReader):
         """
         together(self._communicator, "checkpoint names", lambda: self._check(slices))
         begin = time.monotonic()
-        count, _ = together(self._communicator, "checkpoint read", lambda: self._fill(slices))
+        jobs = self._jobs(slices)
+        together(self._communicator, "checkpoint verify", lambda: self._run(jobs, copying=False))
+        count, _ = together(self._communicator, "checkpoint read", lambda: self._run(jobs, copying=True))
         seconds = time.monotonic() - begin
         if seconds > 2:
             _log.info("read %.2f GB of %s at %.2f GB/s", count / 1e9, self.tag, count / 1e9 / seconds)
@@ -80,21 +96,24 @@ class DirectoryReader(CheckpointReader):
                 found="\n    ".join(problems[:10] + more),
             )
 
-    def _fill(self, slices: Sequence[TensorSlice]) -> int:
-        """Read what ``slices`` need, file by file in the order of the bytes; return how many bytes."""
-        jobs: dict[int, list[tuple[Chunk, str, tuple[int, ...], tuple[int, ...], torch.Tensor]]] = defaultdict(list)
+    def _jobs(self, slices: Sequence[TensorSlice]) -> dict[int, list[_Job]]:
+        """Return what ``slices`` need of each file, in the order of its bytes."""
+        jobs: dict[int, list[_Job]] = defaultdict(list)
         for item in slices:
             chunks = item.chunks()
             tensor = self._manifest.tensors[item.name]
             for copy in self._planner.plan(item.name, tensor, [box for box, _ in chunks]):
                 chunk = tensor.chunks[copy.chunk]
                 target = _part(chunks[copy.target][1], copy.destination, copy.lengths)
-                jobs[chunk.file].append((chunk, tensor.dtype, copy.source, copy.lengths, target))
+                jobs[chunk.file].append(_Job(chunk, tensor.dtype, copy.source, copy.lengths, target))
+        return {index: sorted(jobs[index], key=lambda job: job.chunk.start) for index in sorted(jobs)}
+
+    def _run(self, jobs: Mapping[int, Sequence[_Job]], *, copying: bool) -> int:
+        """Read and verify the jobs' bytes, and copy them to their targets if asked; return how many bytes."""
         count, buffer = 0, bytearray(_BAND + 2 * BLOCK)
-        for index, parts in sorted(jobs.items()):
+        for index, parts in jobs.items():
             with Shard(self._directory, self._manifest.files[index]) as shard:
-                for chunk, dtype, source, lengths, target in sorted(parts, key=lambda part: part[0].start):
-                    count += _copy(shard, chunk, dtype, source, lengths, target, buffer)
+                count += sum(_read(shard, job, buffer, copying=copying) for job in parts)
         return count
 
 
@@ -104,26 +123,19 @@ def _part(tensor: torch.Tensor, start: Sequence[int], lengths: Sequence[int]) ->
     return tensor
 
 
-def _copy(
-    shard: Shard,
-    chunk: Chunk,
-    dtype: str,
-    source: Sequence[int],
-    lengths: Sequence[int],
-    target: torch.Tensor,
-    buffer: bytearray,
-) -> int:
-    """Copy the part of ``chunk`` at ``source`` of extent ``lengths`` to ``target``; return the bytes read."""
-    size = SIZES[dtype]
+def _read(shard: Shard, job: _Job, buffer: bytearray, *, copying: bool) -> int:
+    """Read and verify one job's bytes, and copy them to its target if asked; return how many bytes."""
+    chunk, size = job.chunk, SIZES[job.dtype]
     strides = [math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes))]
     length = math.prod(chunk.sizes) * size
     count = 0
-    for start, extent in _bands(tuple(lengths), strides, _BAND // size):
-        first = sum((a + b) * stride for a, b, stride in zip(source, start, strides, strict=True))
+    for start, extent in _bands(job.lengths, strides, _BAND // size):
+        first = sum((a + b) * stride for a, b, stride in zip(job.source, start, strides, strict=True))
         span = 1 + sum((n - 1) * stride for n, stride in zip(extent, strides, strict=True))
         view = shard.read(chunk, length, first * size, (first + span) * size, buffer)
-        flat = torch.frombuffer(view, dtype=to_torch(dtype))
-        _part(target, start, extent).copy_(flat.as_strided(extent, strides))
+        if copying:
+            flat = torch.frombuffer(view, dtype=to_torch(job.dtype))
+            _part(job.target, start, extent).copy_(flat.as_strided(extent, strides))
         count += len(view)
     return count
 
