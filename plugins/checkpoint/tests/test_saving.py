@@ -359,6 +359,37 @@ def test_a_silent_rank_is_given_up(outcomes, tmp_path, monkeypatch):
     assert isinstance(second, CheckpointWriteFailed)
 
 
+def test_only_the_coordinator_lists_the_directory(on_ranks, tmp_path, monkeypatch):
+    """While ranks wait for a slow one, rank 0 alone lists, and what it sees keeps the others patient."""
+    write, iterdir, listing = shard.write, Path.iterdir, []
+
+    def slow(path, entries, buffers):
+        if "rank-00002" in path.name:
+            with path.open("wb") as file:
+                for _ in range(20):  # more than the patience in all
+                    file.write(b"x" * 100)
+                    file.flush()
+                    time.sleep(0.1)
+        return write(path, entries, buffers)
+
+    def noted(path):
+        if ".partial-" in path.name:
+            listing.append(threading.current_thread())
+        return iterdir(path)
+
+    monkeypatch.setattr(shard, "write", slow)
+    monkeypatch.setattr(Path, "iterdir", noted)
+
+    def work(communicator):
+        store = DirectoryStore(tmp_path, communicator, patience=1.5)
+        save(store, communicator, "a", 1, asynchronous=True)
+        mine = store._background._thread
+        store.wait()
+        return mine in listing
+
+    assert on_ranks(3, work) == [True, False, False]
+
+
 def test_an_abandoned_save_ends_soon(outcomes, on_ranks, tmp_path, monkeypatch):
     """``abandon`` gives up a save that waits for a dead rank long before the patience ends; complete ones stay."""
     monkeypatch.setattr(powertrain_checkpoint.store, "_GRACE", 0.3)

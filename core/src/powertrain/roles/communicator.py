@@ -260,7 +260,7 @@ class Communicator(ABC):
         everything = torch.empty(count * longest, dtype=torch.uint8, device=self.device)
         self.all_gather(everything, padded, dimension, label=label).wait()
         rows = everything.cpu().view(count, longest)
-        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths.tolist(), strict=True)]
+        return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
 class WrappedCommunicator(Communicator):

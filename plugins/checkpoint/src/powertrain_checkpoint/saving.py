@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -173,13 +174,21 @@ class Save:
     # --- both ------------------------------------------------------------------------
 
     def _await(self, signs: Sequence[Path], whom: str) -> None:
-        """Wait until one of ``signs`` is there or the directory is gone, as long as anything moves in it."""
-        seen, since, pause = -1, time.monotonic(), 0.002
+        """Wait until one of ``signs`` is there or the directory is gone, as long as anything moves in it.
+
+        Only rank 0 looks at what all ranks write, and passes it on by touching the
+        directory: with thousands of ranks, listings by all would choke a file system.
+        """
+        begin = time.monotonic()
+        seen, since = self._progress(), begin
         while not any(sign.exists() for sign in signs) and self.workplace.path.exists():
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-            if (size := self._written()) != seen:
-                seen, since = size, time.monotonic()
+            # A tenth of the time waited so far: a long save is asked about rarely, a short one ends soon.
+            time.sleep(min(max((time.monotonic() - begin) / 10, 0.002), 1.0))
+            if (progress := self._progress()) != seen:
+                seen, since = progress, time.monotonic()
+                if self.rank == 0:
+                    with contextlib.suppress(OSError):
+                        os.utime(self.workplace.path)
             elif self.patience.ended(since):
                 raise CheckpointWriteFailed(
                     f"nothing was heard from {whom} for {self.patience.seconds:.0f} s "
@@ -188,12 +197,15 @@ class Save:
                     remedy="all ranks must see the same directory; see whether that rank is alive",
                 )
 
-    def _written(self) -> int:
-        total = 0
+    def _progress(self) -> tuple[int, int]:
+        """Return numbers that change as the save goes on; for rank 0 as anybody's part grows."""
         with contextlib.suppress(FileNotFoundError):
-            for path in self.workplace.path.iterdir():
-                total += 1 + path.stat().st_size
-        return total
+            if self.rank == 0:
+                sizes = [path.stat().st_size for path in self.workplace.path.iterdir()]
+                return len(sizes), sum(sizes)
+            touched = self.workplace.path.stat().st_mtime_ns
+            return touched, (self.workplace.path / _shard_name(0)).stat().st_size
+        return -1, -1
 
     def _explain(self, error: Exception) -> CheckpointWriteFailed:
         path, reason = self.workplace.path / _shard_name(self.rank), f"{type(error).__name__}: {error}"
