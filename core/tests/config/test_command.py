@@ -11,7 +11,7 @@ import pytest
 import tomli
 from click.testing import CliRunner, Result
 
-from powertrain.cli.config import config
+from powertrain.cli.root import cli
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
 
     def invoke(*arguments: str) -> Result:
-        return CliRunner().invoke(config, arguments)
+        return CliRunner().invoke(cli, ["config", *arguments])
 
     return invoke
 
