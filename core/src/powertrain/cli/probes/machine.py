@@ -115,7 +115,8 @@ def disk(directory: str) -> Iterator[Check]:
         "checkpoints need several times the model's size: choose another [run] output" if little else "",
     )
     try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".powertrain-doctor-") as file:
+        # Without a name, so that nothing stays when the probe runs out of time and is killed.
+        with tempfile.TemporaryFile(dir=directory) as file:
             write, read = _speeds(file.fileno())
     except OSError as error:
         remedy = "choose another directory: powertrain doctor --directory DIR, [run] output"
