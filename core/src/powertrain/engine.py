@@ -374,15 +374,15 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.context.communicator.report(error)
-            # Background saves may still fail; the error that ends the block is the one to show.
-            try:
-                self._end(failed=True)
-            except Exception:
-                _log.exception("closing after an error failed as well")
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self.close()
             return
-        self.close()
+        self.context.communicator.report(error)
+        # Background saves may still fail; the error that ends the block is the one to show.
+        try:
+            self._end(failed=True)
+        except Exception as other:
+            _log.error("closing after an error failed as well: %s", other)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

@@ -87,6 +87,14 @@ def test_a_directory_without_manifest_is_an_unfinished_save(outcomes, saved):
     assert outcomes(WORLD, load(saved)) == [None] * WORLD
 
 
+def test_only_unfinished_saves_are_not_nothing(outcomes, saved):
+    """Where every save is unfinished, asking for the newest says so; other directories are no saves."""
+    (saved / "photos").mkdir()
+    for tag in ("one", "two"):
+        (saved / tag / manifest.FILE_NAME).unlink()
+    assert_all_raise(outcomes(WORLD, load(saved)), ManifestMissing, "two")
+
+
 @pytest.mark.parametrize("rank", range(WORLD))
 def test_a_missing_shard_fails_every_rank(outcomes, saved, rank):
     """A shard that is not there raises ShardMissing with its name on every rank, not only on the one that looked."""

@@ -82,14 +82,24 @@ def choose(root: Path, tag: str | None) -> str:
         return tags[-1]
     if tag in tags:
         return tag
-    if tag is not None and tag and (root / tag).is_dir() and not tag.startswith("."):
-        raise ManifestMissing(f"{tag} has no {manifest.FILE_NAME}: its save never finished", where=str(root / tag))
+    torn = [name for name in _visible(root) if tag == name or (tag is None and any((root / name).glob(_SHARD)))]
+    if torn:
+        raise ManifestMissing(
+            f"{torn[-1]} has no {manifest.FILE_NAME}: its save never finished", where=str(root / torn[-1])
+        )
     have = ", ".join(tags[-10:]) or "none"
     raise CheckpointMissing(
         f"no checkpoint {tag!r}" if tag is not None else "no complete checkpoint",
         where=str(root) if root.is_dir() else f"{root}, which does not exist",
         found=f"complete checkpoints: {have}",
     )
+
+
+def _visible(root: Path) -> list[str]:
+    """Return the names of the directories in ``root`` that are not hidden, in order."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return []
 
 
 class Workplace:
