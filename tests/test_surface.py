@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,3 +271,9 @@ def test_errors_travel_between_processes(name: str) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
     assert str(copy) == str(error)
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """A submodule called like a public name would replace it as soon as something imports the submodule."""
+    modules = {path.stem for path in (Path(powertrain.__file__).parent).iterdir()}
+    assert not modules & {name for name in powertrain.__all__ if name != "__version__"}

@@ -25,7 +25,7 @@ from powertrain.errors import (
     PluginIncompatible,
     PluginMissing,
 )
-from powertrain.initialize import choose_accelerator
+from powertrain.build import choose_accelerator
 from powertrain.plugin import NoConfig, Phase, Plugin
 from powertrain.registry import Registry
 from powertrain.selection import select

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from powertrain.engine import Engine
     from powertrain.errors import PowertrainError
     from powertrain.hookspecs import hookimpl
-    from powertrain.initialize import initialize
+    from powertrain.build import initialize
     from powertrain.plugin import Phase, Plugin, Probe
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOMES = {
     "PowertrainError": "powertrain.errors",
     "Probe": "powertrain.plugin",
     "hookimpl": "powertrain.hookspecs",
-    "initialize": "powertrain.initialize",
+    "initialize": "powertrain.build",
 }
 
 __all__ = [
