@@ -14,6 +14,7 @@ import pytest
 from stevedore.extension import ExtensionManager
 
 from powertrain import hookimpl
+from powertrain.build import choose_accelerator
 from powertrain.config import Config, read, structure
 from powertrain.discovery import Schemas, allowed, hooks_of, installed, load, schemas_for
 from powertrain.errors import (
@@ -25,7 +26,6 @@ from powertrain.errors import (
     PluginIncompatible,
     PluginMissing,
 )
-from powertrain.build import choose_accelerator
 from powertrain.plugin import NoConfig, Phase, Plugin
 from powertrain.registry import Registry
 from powertrain.selection import select

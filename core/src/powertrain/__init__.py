@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from powertrain.build import initialize
     from powertrain.context import Context
     from powertrain.engine import Engine
     from powertrain.errors import PowertrainError
     from powertrain.hookspecs import hookimpl
-    from powertrain.build import initialize
     from powertrain.plugin import Phase, Plugin, Probe
 
 __version__ = "0.1.0"
