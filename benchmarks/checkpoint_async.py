@@ -1,6 +1,6 @@
 """What a checkpoint every ten steps costs, asynchronous and synchronous, beside torch's own saves.
 
-Each turn is 30 steps of one GPT-like model in one process, with three saves
+Each turn is 20 steps of one GPT-like model in one process, with two saves
 in it; the rows alternate so that a busy moment hits all of them, and medians
 are compared. A save that is still under way when the next begins is waited
 for, so a disk that cannot keep up shows.
@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as checkpoint
 
 import powertrain
 
-STEPS, EVERY = 30, 10
+STEPS, EVERY = 20, 10
 LIMIT = 1.10
 
 
@@ -101,10 +101,11 @@ def main() -> int:
     """Measure, print the table, and return 1 if asynchronous saves cost more than the limit."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--turns", type=int, default=7, help="turns per row")
+    parser.add_argument("--batch", type=int, nargs=2, default=(16, 128), help="sequences and bytes of a step")
     parser.add_argument("--directory", help="where to save; default: a temporary directory")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
-    batch = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    batch = torch.randint(256, tuple(options.batch), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(dir=options.directory) as root:
         background, foreground = Peer(f"{root}/dcp", True), Peer(f"{root}/torch", False)
         rows: dict[str, tuple[powertrain.Engine, Callable[[powertrain.Engine], object], Callable[[], object]]] = {}
