@@ -9,6 +9,7 @@ import attrs
 if TYPE_CHECKING:
     import torch
 
+    from powertrain.birth import Birth
     from powertrain.config import BatchSizes, Config
     from powertrain.environment import Rank
     from powertrain.mesh import Mesh
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from powertrain.registry import Registry
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.communicator import Communicator
+
+
+def _birth() -> Birth:
+    from powertrain.birth import Birth  # imported here: hooks are specified without torch
+
+    return Birth()
 
 
 @attrs.frozen(kw_only=True)
@@ -32,6 +39,7 @@ class Context:
         batch: samples per micro-batch, micro-batches per step, samples per step.
         recipe: the number format of each part of a step.
         hooks: the plugins of this engine.
+        birth: gives parameters their first values.
     """
 
     config: Config
@@ -43,3 +51,4 @@ class Context:
     batch: BatchSizes
     recipe: Recipe
     hooks: Registry
+    birth: Birth = attrs.field(factory=_birth)

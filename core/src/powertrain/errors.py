@@ -15,9 +15,11 @@
     ├── BatchError                  PT400  a batch that cannot be split as configured
     ├── DataError                   PT410  a dataset that cannot be sampled as configured
     ├── EngineError                 PT420  the engine was called in an order it cannot serve
+    │   └── ParameterFreed          PT421  a sharded parameter was touched where it is not gathered
     ├── OptimizerError              PT430  an unknown optimizer or option
     ├── SchedulerError              PT440  an unknown schedule or option
     ├── PrecisionError              PT450  numbers the device or the recipe cannot carry
+    ├── ShardingError               PT460  a model or a world that cannot be cut as configured
     ├── CommunicationError          PT500
     │   ├── CommunicatorMissing     PT501  several ranks, and nothing to connect them
     │   ├── CollectiveStalled       PT502  a collective did not finish in time
@@ -195,6 +197,13 @@ class EngineError(PowertrainError):
     advice = "see `powertrain.Engine` for the order of calls"
 
 
+class ParameterFreed(EngineError):
+    """A sharded parameter was touched while this rank holds only its slice of it."""
+
+    code = "PT421"
+    advice = "wrap the access in `with powertrain.full(module):`"
+
+
 class OptimizerError(PowertrainError):
     """An optimizer that is unknown, or an option that it does not take."""
 
@@ -216,6 +225,14 @@ class PrecisionError(PowertrainError):
 
     code = "PT450"
     advice = "choose another `[precision] compute`, or lower the learning rate"
+
+
+class ShardingError(PowertrainError):
+    """A model or a world that cannot be cut the way the configuration says."""
+
+    code = "PT460"
+    exit_code = 2
+    advice = "see the section that the message names in docs/configuration.md"
 
 
 class CommunicationError(PowertrainError):

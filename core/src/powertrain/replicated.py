@@ -31,6 +31,7 @@ class ReplicatedOptimizer(OptimizerWrapper):
         self.optimizer = optimizer
         self._named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         self._frozen = [(name, param) for name, param in model.named_parameters() if not param.requires_grad]
+        self._names = {param: name for name, param in model.named_parameters()}
         self._masters = {
             param: param
             if recipe.master == recipe.parameters
@@ -155,6 +156,22 @@ class ReplicatedOptimizer(OptimizerWrapper):
                 self.optimizer.state[master].update(state[name])
         self._publish()
         return [name for name, _ in live]
+
+    def parts(self, param: torch.nn.Parameter) -> dict[str, TensorSlice]:
+        """Return all of a parameter, its gradient and its state: every rank holds the whole model."""
+        name = self._names[param]
+        master = self._masters.get(param, param)
+        result = {"value": _slice(name, master)}
+        if master.grad is not None:
+            result["grad"] = _slice(name, master.grad)
+        for key, value in self.optimizer.state.get(master, {}).items():
+            if isinstance(value, torch.Tensor):
+                result[f"optimizer/{key}"] = _slice(name, value)
+        return result
+
+    def publish(self) -> None:
+        """Copy the masters into the model."""
+        self._publish()
 
     def close(self) -> None:
         """Take the gradient hooks off the model."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
@@ -101,6 +102,30 @@ class OptimizerWrapper(ABC):
         Raises:
             CheckpointMismatch: names or shapes differ from this model's.
         """
+
+    # --- access to single parameters, which may rest in pieces ---
+
+    @abstractmethod
+    def parts(self, param: torch.nn.Parameter) -> dict[str, TensorSlice]:
+        """Return what this rank holds of one of the model's parameters, as slices of the global tensor.
+
+        Keys: ``value`` (what the optimizer updates), ``grad`` (the mean gradient of
+        the step under way or just done, where there is one) and ``optimizer/<key>``. Writing into a
+        slice changes the state; call ``publish`` afterwards. Local: nothing is communicated.
+        """
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the model's parameters follow values that were written through ``parts``; every rank calls it."""
+
+    def gathered(self, params: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which this rank holds ``params`` whole; every rank must enter and leave it.
+
+        Args:
+            params: some of the model's parameters.
+            write: keep what the block writes into them; the first data rank's values win.
+        """
+        return nullcontext()
 
     def close(self) -> None:
         """Take hooks off the model."""

@@ -1,0 +1,65 @@
+"""The ``[zero]`` table."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+from attrs import validators
+
+_at_least_one = validators.optional(validators.ge(1))
+
+
+@attrs.frozen(kw_only=True)
+class ZeroConfig:
+    """What is sharded over the data ranks, and how the shards travel."""
+
+    stage: Literal[1, 2, 3] = attrs.field()
+    """1: optimizer state; 2: gradients as well; 3: parameters as well. Each stage needs less memory than the one
+    before; 2 sends gradients once a micro-batch instead of once a step, 3 gathers parameters twice a micro-batch."""
+
+    unit: str | int | list[str] | None = None
+    """What is gathered and reduced together: a module class by name, the paths of modules ("blocks.*" counts as
+    each of them), or the most parameters in a unit. Absent: the model's repeated block; what is left is one unit."""
+
+    bucket: int = attrs.field(default=4_000_000, validator=validators.ge(1))
+    """Stages 1 and 2: neighbouring units are reduced together up to this many parameters. Larger ones cost
+    memory and start later; smaller ones cost a collective each. Default 4,000,000."""
+
+    prefetch: int = attrs.field(default=1, validator=validators.ge(0))
+    """Stage 3: units whose gathering starts ahead of their turn, forward and backward. Each costs the memory of
+    a unit. Default 1."""
+
+    reshard_after_forward: bool | int = True
+    """Stage 3: free a unit's parameters between forward and backward. false keeps them until backward is over; a
+    number keeps a slice among as many neighbouring ranks (as ``secondary``). Default true."""
+
+    shard_group: int | None = attrs.field(default=None, validator=_at_least_one)
+    """Shard within groups of as many neighbouring ranks, and replicate across the groups (MiCS). Absent: over all."""
+
+    secondary: int | None = attrs.field(default=None, validator=_at_least_one)
+    """Stage 3: keep a second slice of each unit, after forward, within groups of as many neighbouring ranks, from
+    which backward gathers (hpZ). Costs 1/n of the parameters, in the compute format. Absent: none."""
+
+    gather: Literal["int8"] | None = None
+    """Stage 3: the format in which parameters travel (qwZ: blockwise int8). Absent: the compute format."""
+
+    reduce: Literal["int8", "int4"] | None = None
+    """The format in which gradients travel between ranks (qgZ: all-to-all in two hops). Absent: ``[precision] reduce``."""
+
+    node: int | None = attrs.field(default=None, validator=_at_least_one)
+    """Ranks on one host, the first hop of a quantized reduction. Absent: what the launcher says."""
+
+    @reshard_after_forward.validator
+    def _positive(self, attribute: attrs.Attribute[bool | int], value: bool | int) -> None:
+        if not isinstance(value, bool) and value < 1:
+            raise ValueError("expected true, false or a number of ranks from 1 up")
+
+    def __attrs_post_init__(self) -> None:
+        if self.stage < 3:
+            for key, default in (("reshard_after_forward", True), ("secondary", None), ("gather", None)):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key} needs stage = 3: before it, parameters are never sharded")
+        group = self.reshard_after_forward
+        if self.secondary is not None and group is not True:
+            raise ValueError("secondary and reshard_after_forward both say what is kept after forward; leave one out")
