@@ -30,7 +30,7 @@ class ZeroConfig:
     """Stage 3: units whose gathering starts ahead of their turn, forward and backward. Each costs the memory of
     a unit. Default 1."""
 
-    reshard_after_forward: bool | int = True
+    reshard_after_forward: bool | int = attrs.field(default=True)
     """Stage 3: free a unit's parameters between forward and backward. false keeps them until backward is over; a
     number keeps a slice among as many neighbouring ranks (as ``secondary``). Default true."""
 
