@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powertrain.errors import LaunchError
+from powertrain.errors import LaunchError, ShardingError
 from powertrain.mesh import DIMENSIONS, WORLD, Mesh
 
 sizes = st.fixed_dictionaries({name: st.integers(1, 3) for name in DIMENSIONS})
@@ -48,6 +48,78 @@ def test_ranks_agree_on_their_groups(given_sizes: dict[str, int], dimension: str
         assert mesh.peers(dimension)[mesh.index(dimension)] == mesh.rank
         assert mesh.peers(dimension) in groups
     assert meshes[-1].groups(dimension) == groups == sorted(groups)
+
+
+def divisors(number: int) -> list[int]:
+    """Return what divides ``number``."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+@given(sizes, dimensions, st.data())
+def test_a_dimension_is_cut_into_neighbours(given_sizes: dict[str, int], dimension: str, data: st.DataObject) -> None:
+    """Along the two names lie the remainder and the quotient of the index; the groups are those of the dimension."""
+    meshes = world(given_sizes)
+    whole = meshes[0].size(dimension)
+    size = data.draw(st.sampled_from(divisors(whole)))
+    within, across = meshes[0].split(dimension, size)
+    assert (within, across) == (f"{dimension}.within{size}", f"{dimension}.across{size}")
+    for mesh in meshes:
+        assert (mesh.size(within), mesh.size(across)) == (size, whole // size)
+        assert mesh.index(within) == mesh.index(dimension) % size
+        assert mesh.index(across) == mesh.index(dimension) // size
+        peers, me = mesh.peers(dimension), mesh.index(dimension)
+        assert mesh.peers(within) == peers[me // size * size : (me // size + 1) * size]
+        assert mesh.peers(across) == peers[me % size :: size]
+    for name in (within, across):
+        groups = meshes[0].groups(name)
+        assert meshes[-1].groups(name) == groups == sorted(groups)
+        assert sorted(rank for group in groups for rank in group) == list(range(len(meshes)))
+        assert all(mesh.peers(name) in groups for mesh in meshes)
+
+
+@pytest.mark.parametrize("dimension", ["data", "tensor", WORLD])
+def test_a_dimension_cut_into_ones_or_not_at_all(dimension: str) -> None:
+    """Groups of one leave each rank alone, and a group of all is the dimension itself."""
+    for mesh in world({"data": 4, "tensor": 2}):
+        whole = mesh.peers(dimension)
+        within, across = mesh.split(dimension, 1)
+        assert (mesh.peers(within), mesh.peers(across)) == ((mesh.rank,), whole)
+        within, across = mesh.split(dimension, len(whole))
+        assert (mesh.peers(within), mesh.peers(across)) == (whole, (mesh.rank,))
+
+
+def test_what_is_cut_can_be_cut_again() -> None:
+    """A derived name is a dimension like any other: 12 ranks are 2 x 3 x 2."""
+    mesh = Mesh.build(12, 7)
+    inner, outer = mesh.split("data", 6)
+    pairs, triples = mesh.split(inner, 2)
+    assert mesh.peers(outer) == (1, 7)
+    assert mesh.peers(pairs) == (6, 7)
+    assert mesh.peers(triples) == (7, 9, 11)
+    assert [mesh.index(name) for name in (outer, triples, pairs)] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("size", [5, 0, -2, 24])
+def test_groups_that_do_not_come_out_even_are_refused(size: int) -> None:
+    """Sizes that do not divide are a ShardingError with those that do, by ``split`` and by name."""
+    mesh = Mesh.build(24, 3, {"tensor": 2})
+    with pytest.raises(ShardingError, match=f"12 ranks along 'data' cannot be cut into groups of {size}") as caught:
+        mesh.split("data", size)
+    assert caught.value.code == "PT460"
+    assert caught.value.expected == "one of 1, 2, 3, 4, 6, 12"
+    if size >= 0:
+        with pytest.raises(ShardingError, match=f"groups of {size}"):
+            mesh.peers(f"data.within{size}")
+
+
+@pytest.mark.parametrize("name", ["model", "data.within", "data.inside2", "model.within1", "", "data.across2x"])
+def test_a_name_that_means_nothing_is_refused(name: str) -> None:
+    """Asking for a dimension that does not exist is a LaunchError that lists those that do."""
+    mesh = Mesh.build(4, 0)
+    for ask in (mesh.size, mesh.index, mesh.peers, mesh.groups):
+        with pytest.raises(LaunchError, match="no mesh dimension is called") as caught:
+            ask(name)
+        assert "tensor, world" in (caught.value.expected or "")
 
 
 def test_the_data_dimension_takes_what_is_left() -> None:

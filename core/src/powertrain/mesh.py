@@ -3,22 +3,30 @@
 A mesh is arithmetic only: it starts no process group and needs no peers, so a
 1,024-rank layout can be built and checked in one process. Communicators make
 their groups from it.
+
+A dimension may be cut further: ``data.within4`` are the groups of 4 neighbours
+along ``data``, and ``data.across4`` joins what stands at the same place in each
+of these groups. Such names are arithmetic as well; the mesh keeps none of them.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import attrs
 
-from powertrain.errors import LaunchError
+from powertrain.errors import LaunchError, ShardingError
 
 DIMENSIONS = ("pipe", "data", "sequence", "expert", "tensor")
 """Slowest to fastest varying: neighbours in the last dimension are neighbours on a host."""
 
 WORLD = "world"
 """The name that stands for every rank at once."""
+
+DERIVED = re.compile(r"(.+)\.(within|across)(\d+)")
+"""Names that ``Mesh.split`` makes: the dimension that was cut, which half of it, and the ranks of a group."""
 
 
 @attrs.frozen
@@ -61,29 +69,74 @@ class Mesh:
         """The number of ranks."""
         return math.prod(self.sizes.values())
 
+    def split(self, dimension: str, size: int) -> tuple[str, str]:
+        """Return the names of the two dimensions into which groups of ``size`` neighbours cut ``dimension``.
+
+        Args:
+            dimension: one of ``DIMENSIONS``, ``"world"``, or a name that this method returned.
+            size: neighbouring ranks in a group.
+
+        Returns:
+            ``within``, which has ``size`` ranks: those of one group; and ``across``, which has
+            ``size(dimension) // size``: those at the same place of every group. This rank's indices along
+            them are the remainder and the quotient of ``index(dimension)`` by ``size``.
+
+        Raises:
+            ShardingError: the groups do not come out even.
+        """
+        ranks = self.size(dimension)
+        if size < 1 or ranks % size:
+            raise ShardingError(
+                f"the {ranks} ranks along {dimension!r} cannot be cut into groups of {size}",
+                expected="one of " + ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0),
+                found=str(size),
+                remedy="choose one of these sizes, or start another number of ranks",
+            )
+        return f"{dimension}.within{size}", f"{dimension}.across{size}"
+
     def size(self, dimension: str) -> int:
         """Return how many ranks lie along ``dimension``."""
-        return self.world_size if dimension == WORLD else self.sizes[dimension]
+        return self._line(dimension)[1]
 
     def index(self, dimension: str) -> int:
         """Return this rank's coordinate along ``dimension``."""
-        if dimension == WORLD:
-            return self.rank
-        return (self.rank // self._stride(dimension)) % self.sizes[dimension]
+        stride, size = self._line(dimension)
+        return self.rank // stride % size
 
     def peers(self, dimension: str) -> tuple[int, ...]:
         """Return the global ranks that share a group with this rank along ``dimension``."""
-        if dimension == WORLD:
-            return tuple(range(self.world_size))
-        stride = self._stride(dimension)
-        first = self.rank - self.index(dimension) * stride
-        return tuple(first + i * stride for i in range(self.sizes[dimension]))
+        return self._peers(self.rank, *self._line(dimension))
 
     def groups(self, dimension: str) -> list[tuple[int, ...]]:
         """Return every group along ``dimension``, in an order that all ranks share."""
-        seen = {attrs.evolve(self, rank=rank).peers(dimension) for rank in range(self.world_size)}
-        return sorted(seen)
+        stride, size = self._line(dimension)
+        firsts = (rank for rank in range(self.world_size) if rank // stride % size == 0)
+        return [self._peers(first, stride, size) for first in firsts]
 
-    def _stride(self, dimension: str) -> int:
-        after = DIMENSIONS[DIMENSIONS.index(dimension) + 1 :]
-        return math.prod(self.sizes[name] for name in after)
+    def _line(self, dimension: str) -> tuple[int, int]:
+        """Return the distance between neighbours along ``dimension``, in ranks, and how many there are.
+
+        Raises:
+            LaunchError: there is no such dimension.
+            ShardingError: the name is derived, and its groups do not come out even.
+        """
+        if dimension in self.sizes:
+            after = DIMENSIONS[DIMENSIONS.index(dimension) + 1 :]
+            return math.prod(self.sizes[name] for name in after), self.sizes[dimension]
+        if dimension == WORLD:
+            return 1, self.world_size
+        derived = DERIVED.fullmatch(dimension)
+        if derived is None:
+            raise LaunchError(
+                f"no mesh dimension is called {dimension!r}",
+                expected=", ".join((*DIMENSIONS, WORLD)) + ", or a name that `split` returned",
+            )
+        parent, half, count = derived[1], derived[2], int(derived[3])
+        self.split(parent, count)
+        stride, size = self._line(parent)
+        return (stride, count) if half == "within" else (stride * count, size // count)
+
+    @staticmethod
+    def _peers(rank: int, stride: int, size: int) -> tuple[int, ...]:
+        first = rank - rank // stride % size * stride
+        return tuple(range(first, first + size * stride, stride))

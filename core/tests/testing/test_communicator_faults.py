@@ -165,7 +165,45 @@ class DropsTheEnd(Faulty):
         return After(self.inner.issue(collective), lambda: flat[2**20 :].copy_(kept))
 
 
+class SplitsOffStrides(Faulty):
+    """Takes every n-th rank for a neighbour."""
+
+    def split(self, dimension, size):
+        return self.inner.split(dimension, size)[::-1]
+
+
+class SplitsUnevenly(Faulty):
+    def split(self, dimension, size):
+        return f"{dimension}.within{size}", f"{dimension}.across{size}"
+
+    def size(self, dimension):
+        return 1 if dimension.endswith("3") else super().size(dimension)
+
+
+class ReducesOverTheParent(Faulty):
+    operation = "all_reduce"
+
+    def spoil(self, collective):
+        return self.changed(collective, dimension=collective.dimension.partition(".")[0])
+
+
+class GathersWithoutTheOwn(Faulty):
+    """Clears the output before it reads the input."""
+
+    operation = "all_gather"
+
+    def spoil(self, collective):
+        if collective.input.data_ptr() != collective.output.data_ptr():
+            return self.inner.issue(collective)
+        collective.output.zero_()
+        return self.inner.issue(collective)
+
+
 FAULTS = {
+    SplitsOffStrides: "test_splits_a_dimension",
+    SplitsUnevenly: "test_splits_a_dimension",
+    ReducesOverTheParent: "test_splits_on_a_mesh",
+    GathersWithoutTheOwn: "test_works_in_place",
     LosesTheWait: "test_wait_returns_with_the_result",
     ScattersOffByOne: "test_reduce_scatter_gives_each_its_piece",
     ScattersToTheNeighbour: "test_reduce_scatter_gives_each_its_piece",

@@ -54,6 +54,26 @@ def test_equal_ranks_do_not_diverge():
     assert find_divergence(MESH, both(script, script[:2]), labels=True) is None
 
 
+def test_a_difference_in_a_group_of_neighbours_is_found():
+    """Along a derived dimension ranks are compared within their group only, in every group."""
+    mesh = Mesh.build(4, 0)
+
+    def states(*sizes):
+        ledgers = [Ledger() for _ in sizes]
+        for ledger, size in zip(ledgers, sizes, strict=True):
+            issue(ledger, dimension="data.within2", size=size, over=False)
+        return {rank: state(rank, ledger) for rank, ledger in enumerate(ledgers)}
+
+    assert find_divergence(mesh, states(4, 4, 8, 8)) is None
+    found = find_divergence(mesh, states(4, 4, 8, 9))
+    assert found is not None
+    assert (found.dimension, sorted(found.entries)) == ("data.within2", [2, 3])
+    missing = {**states(4, 4, 8, 8), 3: state(3, Ledger())}
+    assert [line.partition(",")[0] for line in find_behind(mesh, missing)] == [
+        "behind: rank 3 has not issued #1 along 'data.within2'"
+    ]
+
+
 def test_the_first_difference_is_found():
     """The earliest collective of another length is the divergence."""
     found = find_divergence(MESH, both([("a", 4), ("b", 8), ("c", 9)], [("a", 4), ("b", 6), ("c", 7)]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from powertrain.environment import Rank
-from powertrain.errors import CommunicatorMissing
+from powertrain.errors import CollectiveDiverged, CommunicatorMissing, LaunchError, ShardingError
 from powertrain.mesh import Mesh
 from powertrain.roles.communicator import SingleProcess
 from powertrain_comm.config import CommConfig
@@ -112,3 +112,44 @@ def two_engines(cross_check):
 def test_two_watched_communicators_work_side_by_side(ranks, cross_check):
     """Two watched communicators serve one process, close in any order, and restore the exception hook."""
     assert ranks(2, two_engines, cross_check) == [([2.0] * 3, [2.0] * 3, [0, 1], True)] * 2
+
+
+def cut(cross_check):
+    plugin, comm = make(None, Host("gloo"), cross_check=cross_check)
+    comm = plugin.wrap_communicator(comm, 20.0)
+    with pytest.raises(ShardingError, match="not connected"):
+        comm.barrier("data.within2")
+    with pytest.raises(LaunchError, match="no mesh dimension is called 'model'"):
+        comm.barrier("model")
+    within, across = comm.split("data", 2)
+    assert comm.split("data", 2) == (within, across)
+    sums = []
+    for name in (within, across, *comm.split("data", 4), *comm.split("data", 1)):
+        tensor = torch.tensor([2.0**comm.rank])
+        comm.all_reduce(tensor, name).wait()
+        sums.append(tensor.item())
+    facts = comm.describe()["groups"]
+    comm.close()
+    return sums, facts
+
+
+@pytest.mark.parametrize("cross_check", [False, True])
+def test_a_watched_dimension_can_be_cut(ranks, cross_check):
+    """Under the watchdog and the cross-check, derived dimensions join their ranks; before it they are refused."""
+    for rank, (sums, facts) in enumerate(ranks(4, cut, cross_check)):
+        assert sums == [3 if rank < 2 else 12, 5 if rank % 2 == 0 else 10, 15, 2**rank, 2**rank, 15]
+        assert "data.within2 2, data.across2 2, data.within4 4, data.across1 4" in facts
+
+
+def cut_differently():
+    plugin, comm = make(None, Host("gloo"))
+    comm = plugin.wrap_communicator(comm, 20.0)
+    with pytest.raises(CollectiveDiverged, match="cut the mesh differently") as caught:
+        comm.split("data", 1 + comm.rank)
+    comm.close()
+    return caught.value.found
+
+
+def test_ranks_that_cut_differently_are_told(ranks):
+    """Ranks that call ``split`` with different arguments learn who wanted what, instead of waiting for one another."""
+    assert ranks(2, cut_differently) == ["rank 0: 'data' by 1; rank 1: 'data' by 2"] * 2

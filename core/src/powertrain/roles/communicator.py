@@ -31,7 +31,7 @@ class Collective:
 
     Attributes:
         operation: which one.
-        dimension: the mesh dimension, or ``"world"``.
+        dimension: the mesh dimension, ``"world"``, or a name that ``Communicator.split`` returned.
         input: what this rank gives (None for receive and barrier).
         output: what this rank gets; the same tensor as ``input`` where it works in place.
         reduction: how values combine.
@@ -121,6 +121,24 @@ class Communicator(ABC):
         """Start several collectives that may share one launch; they wait as one."""
         return Handles([self.issue(collective) for collective in collectives])
 
+    def split(self, dimension: str, size: int) -> tuple[str, str]:
+        """Cut ``dimension`` into groups of ``size`` neighbouring ranks, and return the names of what comes of it.
+
+        ``split("data", 4)`` returns ``("data.within4", "data.across4")``, which may stand wherever a dimension
+        may. Along the first lie the ranks of one group, along the second those at the same place of every
+        group. All ranks of the world call it, in the same order, before the names are used; once more with
+        the same arguments changes nothing.
+
+        Args:
+            dimension: what to cut: a mesh dimension, ``"world"``, or a name that ``split`` returned.
+            size: ranks in a group; 1 and the whole dimension are allowed.
+
+        Raises:
+            ShardingError: the groups do not come out even.
+            CommunicationError: the groups could not be connected.
+        """
+        return self.mesh.split(dimension, size)
+
     def empty(self, numel: int, dtype: torch.dtype, dimension: str = "data") -> torch.Tensor:
         """Return a flat, uninitialized buffer that collectives along ``dimension`` reach cheaply.
 
@@ -174,7 +192,10 @@ class Communicator(ABC):
     def all_gather(
         self, output: torch.Tensor, input: torch.Tensor, dimension: str = "data", *, label: str = ""
     ) -> Handle:
-        """Fill ``output`` (size x numel) with the ranks' ``input`` (numel), in order of index."""
+        """Fill ``output`` (size x numel) with the ranks' ``input`` (numel), in order of index.
+
+        ``input`` may be this index's own piece of ``output``: then nothing is copied here.
+        """
         return self.issue(
             Collective(operation="all_gather", dimension=dimension, input=input, output=output, label=label)
         )
@@ -188,7 +209,10 @@ class Communicator(ABC):
         reduction: Reduction = "sum",
         label: str = "",
     ) -> Handle:
-        """Fill ``output`` (numel) with this index's piece of the reduced ``input`` (size x numel)."""
+        """Fill ``output`` (numel) with this index's piece of the reduced ``input`` (size x numel).
+
+        ``output`` may be this index's own piece of ``input``; the rest of ``input`` stays as it is.
+        """
         return self.issue(
             Collective(
                 operation="reduce_scatter",
@@ -278,6 +302,10 @@ class WrappedCommunicator(Communicator):
     def issue_together(self, collectives: Sequence[Collective]) -> Handle:
         """Start several collectives on the wrapped communicator."""
         return self.inner.issue_together(collectives)
+
+    def split(self, dimension: str, size: int) -> tuple[str, str]:
+        """Cut a dimension of the wrapped communicator."""
+        return self.inner.split(dimension, size)
 
     def empty(self, numel: int, dtype: torch.dtype, dimension: str = "data") -> torch.Tensor:
         """Return the wrapped communicator's buffer."""

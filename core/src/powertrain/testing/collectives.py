@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from powertrain.errors import ShardingError
 from powertrain.roles.communicator import Collective, Communicator, Reduction
 
 LATE = 0.15
@@ -130,6 +132,24 @@ def reduce_scatter_pieces(communicator: Communicator) -> None:
         expected = total if reduction == "sum" else total / n
         assert torch.allclose(output, expected, rtol=1e-6), f"{reduction}: {output} in place of {expected}"
         same(given, inputs[me])
+
+
+def in_place(communicator: Communicator, dtypes: Sequence[torch.dtype]) -> None:
+    """Gather out of the own piece of the output, and scatter into the own piece of the input."""
+    n, me = communicator.size("data"), communicator.index("data")
+    for dtype in dtypes:
+        for numel in (1, 5, 70001):
+            gathered = torch.zeros(n * numel, dtype=dtype, device=communicator.device)
+            mine = gathered[numel * me : numel * (me + 1)]
+            mine.copy_(values(communicator, numel, me, dtype))
+            communicator.all_gather(gathered, mine).wait()
+            same(gathered, torch.cat([values(communicator, numel, i, dtype) for i in range(n)]))
+
+            given = values(communicator, n * numel, me, dtype)
+            piece = given[numel * me : numel * (me + 1)]
+            communicator.reduce_scatter(piece, given).wait()
+            parts = [values(communicator, n * numel, i, torch.int64) for i in range(n)]
+            same(piece, torch.stack(parts).sum(0)[numel * me : numel * (me + 1)].to(dtype))
 
 
 def gather_of_scatter(communicator: Communicator) -> None:
@@ -302,6 +322,67 @@ def dimensions(communicator: Communicator) -> None:
         output = torch.zeros(len(peers), dtype=torch.int64, device=communicator.device)
         communicator.all_gather(output, torch.tensor([communicator.rank], device=communicator.device), dimension).wait()
         same(output, torch.tensor(peers))
+
+
+def splits(communicator: Communicator) -> None:
+    """Cut four ranks along ``data`` in each way, and use what comes of it."""
+    me = communicator.index("data")
+    expected = {1: ((me,), (0, 1, 2, 3)), 4: ((0, 1, 2, 3), (me,))}
+    expected[2] = ((0, 1) if me < 2 else (2, 3), (0, 2) if me % 2 == 0 else (1, 3))
+    for size, groups in expected.items():
+        names = communicator.split("data", size)
+        assert names == (f"data.within{size}", f"data.across{size}")
+        assert communicator.split("data", size) == names
+        for name, peers in zip(names, groups, strict=True):
+            along(communicator, name, peers)
+    inner = communicator.split("data.across2", 2)
+    along(communicator, inner[0], expected[2][1])
+    with pytest.raises(ShardingError, match="groups of 3") as caught:
+        communicator.split("data", 3)
+    assert caught.value.expected == "one of 1, 2, 4"
+
+
+def splits_the_world(communicator: Communicator) -> None:
+    """Cut the world and a dimension of a mesh of 2 x 2, whose groups are not neighbours in rank."""
+    me = communicator.rank
+    for dimension, size, groups in (
+        ("world", 2, ((me // 2 * 2, me // 2 * 2 + 1), (me % 2, me % 2 + 2))),
+        ("data", 2, ((me % 2, me % 2 + 2), (me,))),
+        ("tensor", 1, ((me,), (me // 2 * 2, me // 2 * 2 + 1))),
+    ):
+        for name, peers in zip(communicator.split(dimension, size), groups, strict=True):
+            along(communicator, name, peers)
+
+
+def along(communicator: Communicator, name: str, peers: tuple[int, ...]) -> None:
+    """Assert that ``peers`` lie along ``name``, and that every kind of operation joins them and nobody else."""
+    n, me = len(peers), peers.index(communicator.rank)
+    assert (communicator.size(name), communicator.index(name)) == (n, me)
+    assert communicator.mesh.peers(name) == peers
+    device = communicator.device
+    tensor = torch.tensor([2**communicator.rank], device=device)
+    communicator.all_reduce(tensor, name).wait()
+    same(tensor, torch.tensor([sum(2**rank for rank in peers)]))
+    gathered = communicator.empty(n, torch.int64, name)
+    communicator.all_gather(gathered, torch.tensor([communicator.rank], device=device), name).wait()
+    same(gathered, torch.tensor(peers))
+    piece = torch.zeros(1, dtype=torch.int64, device=device)
+    communicator.reduce_scatter(piece, torch.arange(n, device=device) + communicator.rank, name).wait()
+    same(piece, torch.tensor([n * me + sum(peers)]))
+    exchanged = torch.zeros(n, dtype=torch.int64, device=device)
+    communicator.all_to_all(exchanged, torch.arange(n, device=device) + 10 * communicator.rank, name).wait()
+    same(exchanged, torch.tensor([10 * rank + me for rank in peers]))
+    copied = torch.tensor([communicator.rank], device=device)
+    communicator.broadcast(copied, n - 1, name).wait()
+    same(copied, torch.tensor([peers[-1]]))
+    communicator.barrier(name).wait()
+    assert communicator.gather_json({"rank": communicator.rank}, name) == [{"rank": rank} for rank in peers]
+    if n > 1:
+        taken = torch.zeros(1, dtype=torch.int64, device=device)
+        sending = communicator.send(torch.tensor([communicator.rank], device=device), (me + 1) % n, name)
+        communicator.receive(taken, (me - 1) % n, name).wait()
+        sending.wait()
+        same(taken, torch.tensor([peers[(me - 1) % n]]))
 
 
 def describes(communicator: Communicator) -> None:

@@ -93,6 +93,10 @@ class CommunicatorContract:
         """Each index gets exactly its own piece of the sum or mean, and inputs stay as they are."""
         self.each(collectives.reduce_scatter_pieces)
 
+    def test_works_in_place(self) -> None:
+        """The input of a gather may be the own piece of its output; likewise a reduce-scatter's output of its input."""
+        self.each(collectives.in_place, self.dtypes)
+
     def test_gather_undoes_scatter(self) -> None:
         """All-gather after reduce-scatter is all-reduce, for a length with no factor of two."""
         self.each(collectives.gather_of_scatter)
@@ -146,6 +150,14 @@ class CommunicatorContract:
     def test_dimensions_are_separate(self) -> None:
         """A collective along one dimension of a mesh involves the peers along it only."""
         self.on_ranks(4, collectives.dimensions, sizes={"data": 2, "tensor": 2})
+
+    def test_splits_a_dimension(self) -> None:
+        """A dimension cut into groups joins, by either name, exactly the ranks it should, in every operation."""
+        self.on_ranks(4, collectives.splits)
+
+    def test_splits_on_a_mesh(self) -> None:
+        """The world and each dimension of a mesh of several can be cut."""
+        self.on_ranks(4, collectives.splits_the_world, sizes={"data": 2, "tensor": 2})
 
     def test_describes_itself(self) -> None:
         """``describe`` speaks in strings."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from powertrain.errors import CollectiveStalled, CommunicationError, PeerFailed
+from powertrain.errors import CollectiveStalled, CommunicationError, PeerFailed, ShardingError
 from powertrain.mesh import DIMENSIONS, WORLD, Mesh
 from powertrain.roles.communicator import Collective, Communicator, Done, Handle, Handles
 from powertrain_comm.operations import START, START_TOGETHER, Group
@@ -111,32 +111,65 @@ class TorchCommunicator(Communicator):
         self.backend = backend
         self._lease, fresh = join(backend, rank, timeout)
         self._made: list[dist.ProcessGroup] = []
-        self._groups = self._make_groups(timedelta(seconds=timeout), reuse_world=fresh)
+        self._timeout = timedelta(seconds=timeout)
+        self._groups = self._make_groups(reuse_world=fresh)
         self._open = True
         self._failed = False
 
-    def _make_groups(self, timeout: timedelta, *, reuse_world: bool) -> dict[str, Group | None]:
+    def _make_groups(self, *, reuse_world: bool) -> dict[str, Group | None]:
         """Make the groups of every dimension, in one order on all ranks; a dimension of one has none."""
         everyone = self.mesh.peers(WORLD)
-        world = dist.group.WORLD if reuse_world else self._new_group(everyone, timeout)
+        world = dist.group.WORLD if reuse_world else self._new_group(everyone)
         assert world is not None
         groups: dict[str, Group | None] = {WORLD: Group(world, everyone, self.backend, self.device)}
         for dimension in DIMENSIONS:
-            mine = self.mesh.peers(dimension)
-            if len(mine) == 1:
-                groups[dimension] = None
-            elif len(mine) == len(everyone):
-                groups[dimension] = groups[WORLD]
-            else:
-                made = {ranks: self._new_group(ranks, timeout) for ranks in self.mesh.groups(dimension)}
-                groups[dimension] = Group(made[mine], mine, self.backend, self.device)
+            groups[dimension] = self._connect(dimension, groups[WORLD])
         return groups
 
-    def _new_group(self, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, backend=self.backend)
+    def _connect(self, dimension: str, whole: Group | None) -> Group | None:
+        """Return the group along ``dimension``, which is ``whole`` where it joins as many ranks; None for one rank."""
+        mine = self.mesh.peers(dimension)
+        if len(mine) == 1:
+            return None
+        if whole is not None and len(mine) == len(whole.ranks):
+            return whole
+        made = {ranks: self._new_group(ranks) for ranks in self.mesh.groups(dimension)}
+        return Group(made[mine], mine, self.backend, self.device)
+
+    def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=self._timeout, backend=self.backend)
         if self.rank in ranks:
             self._made.append(group)
         return group
+
+    def _group(self, dimension: str) -> Group | None:
+        try:
+            return self._groups[dimension]
+        except KeyError:
+            self.mesh.size(dimension)  # a name that means nothing is refused here
+            raise ShardingError(
+                f"the ranks along {dimension!r} are not connected",
+                remedy="call `split` with the dimension and the size, on every rank, before the first collective",
+            ) from None
+
+    def split(self, dimension: str, size: int) -> tuple[str, str]:
+        """Cut ``dimension`` into groups of ``size`` neighbours and connect them; all ranks come here together.
+
+        Raises:
+            ShardingError: the groups do not come out even, or ``dimension`` is itself cut and not connected.
+            CommunicationError: torch could not connect them.
+        """
+        names = self.mesh.split(dimension, size)
+        whole = self._group(dimension)
+        for name in names:
+            if name not in self._groups:
+                try:
+                    self._groups[name] = self._connect(name, whole)
+                except RuntimeError as error:
+                    raise explain(
+                        error, Collective(operation="barrier", dimension=name, label="split"), self.rank
+                    ) from error
+        return names
 
     def issue(self, collective: Collective) -> Handle:
         """Start one collective.
@@ -145,7 +178,7 @@ class TorchCommunicator(Communicator):
             CommunicationError: torch refused it, or the connection is broken.
             ValueError: it lacks a tensor, or takes the mean of integers.
         """
-        group = self._groups[collective.dimension]
+        group = self._group(collective.dimension)
         if group is None:
             return _alone(collective)
         _check(collective)
@@ -159,7 +192,7 @@ class TorchCommunicator(Communicator):
         """Start several collectives; those of one kind, dimension, reduction and dtype as one."""
         batches: dict[object, list[Collective]] = {}
         for number, collective in enumerate(collectives):
-            joins = collective.operation in START_TOGETHER and self._groups[collective.dimension] is not None
+            joins = collective.operation in START_TOGETHER and self._group(collective.dimension) is not None
             dtype = None if collective.output is None else collective.output.dtype
             key = (collective.operation, collective.dimension, collective.reduction, dtype) if joins else number
             batches.setdefault(key, []).append(collective)
@@ -168,7 +201,7 @@ class TorchCommunicator(Communicator):
 
     def _together(self, batch: Sequence[Collective]) -> Handle:
         first = batch[0]
-        group = self._groups[first.dimension]
+        group = self._group(first.dimension)
         assert group is not None
         for collective in batch:
             _check(collective)

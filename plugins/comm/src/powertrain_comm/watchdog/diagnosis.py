@@ -124,7 +124,7 @@ def find_divergence(mesh: Mesh, states: Mapping[int, State], *, labels: bool = F
     """
     dimensions = sorted({entry.dimension for state in states.values() for entry in state.entries})
     for dimension in dimensions:
-        for group in mesh.groups(dimension) if dimension in mesh.sizes else [mesh.peers(dimension)]:
+        for group in mesh.groups(dimension):
             known = {rank: _by_number(states[rank], dimension) for rank in group if rank in states}
             for number in sorted(set().union(*known.values())):
                 entries = {rank: by_number[number] for rank, by_number in known.items() if number in by_number}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from powertrain.errors import CommunicationError
+from powertrain.errors import CollectiveDiverged, CommunicationError
 from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
 from powertrain_comm.watchdog.blackbox import BlackBox
 from powertrain_comm.watchdog.board import open_boards
@@ -63,9 +63,33 @@ class WatchedCommunicator(WrappedCommunicator):
         self._ledger = Ledger()
         self._box = BlackBox()
         desk, board, boxes = open_boards(inner, timeout, str(self._box.path))
+        self._cuts: set[tuple[str, int]] = set()
         self._check = CrossCheck(desk, self.mesh) if cross_check else None
         self._guard = Guard(self._ledger, board, desk, self.mesh, timeout, self._box, boxes)
         self._hook = ExceptHook(self._guard.report)
+
+    def split(self, dimension: str, size: int) -> tuple[str, str]:
+        """Cut a dimension of the wrapped communicator, once all ranks are known to do the same.
+
+        Connecting groups is the one thing that ranks do together and that is no collective. The exchange
+        before it is one: a rank that does not come, or that cuts otherwise, is found.
+
+        Raises:
+            ShardingError: the groups do not come out even.
+            CollectiveDiverged: another rank cuts another dimension, or into other groups.
+            CommunicationError: the groups could not be connected.
+        """
+        self.mesh.split(dimension, size)
+        if (dimension, size) not in self._cuts:
+            cuts = self.gather_json([dimension, size], label=f"split of {dimension!r}")
+            if any(cut != cuts[0] for cut in cuts):
+                raise CollectiveDiverged(
+                    "ranks cut the mesh differently",
+                    expected="split with the same arguments on every rank",
+                    found="; ".join(f"rank {rank}: {cut[0]!r} by {cut[1]}" for rank, cut in enumerate(cuts)),
+                )
+            self._cuts.add((dimension, size))
+        return self.inner.split(dimension, size)
 
     def issue(self, collective: Collective) -> Handle:
         """Record one collective and start it.
