@@ -21,7 +21,7 @@ READS_ENVIRONMENT = {
     "core/src/powertrain/testing/pool.py",  # hands its environment to the ranks that it starts
     "core/src/powertrain/testing/worker.py",  # sets a rank's variables, and takes them back
 }
-STATE_PATH = ["core/src/powertrain/state.py", "core/src/powertrain/random_state.py", "plugins/checkpoint/src"]
+STATE_PATH = ["core/src/powertrain/saved.py", "core/src/powertrain/random_state.py", "plugins/checkpoint/src"]
 CONTAINERS = {"list", "dict", "set", "defaultdict", "deque", "OrderedDict", "Counter", "bytearray"}
 CHANGES = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import powertrain
-from powertrain import state
+from powertrain import saved
 from powertrain.errors import CheckpointError, CheckpointMismatch
 
 
@@ -135,7 +135,7 @@ def test_a_read_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         engine.save_checkpoint(str(tmp_path), client_state={"a": 1})
     with start(config, dataset=data) as engine:
         engine.train_step(next(iter(engine.loader)))
-        store = state.open_store(engine.context, str(tmp_path))
+        store = saved.open_store(engine.context, str(tmp_path))
         reader, calls = store.open(), []
         read = reader.read
 
@@ -148,13 +148,13 @@ def test_a_read_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(reader, "read", fails)
         tensors, plain = torn_by(engine)
         with pytest.raises(CheckpointError, match="the disk is gone"):
-            state.restore(engine, reader)
+            saved.restore(engine, reader)
         after, plain_after = torn_by(engine)
         assert len(after) == len(tensors)
         assert same(after, tensors)
         assert plain_after == plain
         monkeypatch.undo()
-        assert state.restore(engine, reader).step == 6
+        assert saved.restore(engine, reader).step == 6
 
 
 def test_automatic_saves_carry_the_client_state_on(tmp_path: Path) -> None:

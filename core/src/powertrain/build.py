@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from powertrain import config as configuration
-from powertrain import optimizers, random_state, schedule, state
+from powertrain import optimizers, random_state, saved, schedule
 from powertrain.accumulation import Accumulation
 from powertrain.call import ModelCall
 from powertrain.config import BatchSizes, Config
@@ -139,7 +139,7 @@ def _build(
         hooks=hooks,
     )
     if settings.checkpoint.every is not None:
-        state.open_store(context, state.checkpoint_uri(settings, None)).close()  # refused now, not hours later
+        saved.open_store(context, saved.checkpoint_uri(settings, None)).close()  # refused now, not hours later
     random_state.seed_all(context, settings.run.seed)
     model.to(device)
     broadcast_from_first(model, communicator)

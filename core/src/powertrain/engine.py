@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from powertrain import nest, state
+from powertrain import nest, saved
 from powertrain.call import ModelCall, checked_loss
 from powertrain.context import Context
 from powertrain.errors import EngineError
@@ -305,11 +305,11 @@ class Engine:
             tag = tag or _AUTOMATIC_TAG.format(self.global_step)
             store = self._store(directory)
             table = self.context.config.checkpoint
-            store.save(tag, state.snapshot(self, client_state), asynchronous=table.asynchronous)
+            store.save(tag, saved.snapshot(self, client_state), asynchronous=table.asynchronous)
             self._announce(store, store.poll())
             return tag
 
-    def load_checkpoint(self, directory: str | None = None, tag: str | None = None) -> state.LoadReport:
+    def load_checkpoint(self, directory: str | None = None, tag: str | None = None) -> saved.LoadReport:
         """Continue from a checkpoint, made on whatever number of ranks.
 
         Args:
@@ -325,12 +325,12 @@ class Engine:
             self._micro_batches = 0
             store = self._store(directory)
             self._announce(store, store.wait())
-            return state.restore(self, store.open(tag))
+            return saved.restore(self, store.open(tag))
 
     def _store(self, directory: str | None) -> CheckpointStore:
-        uri = state.checkpoint_uri(self.context.config, directory)
+        uri = saved.checkpoint_uri(self.context.config, directory)
         if uri not in self._stores:
-            self._stores[uri] = state.open_store(self.context, uri)
+            self._stores[uri] = saved.open_store(self.context, uri)
         return self._stores[uri]
 
     def _announce(self, store: CheckpointStore, tags: list[str]) -> None:
