@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operator; no public name
 
 
 def in_backward() -> bool:
@@ -22,3 +25,43 @@ def after_backward(callback: Callable[[], None]) -> None:
     torch's own data parallel wrappers end their backward work this way; there is no public name for it.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def operator_name(operator: Any) -> str:
+    """Return an operator's name without namespace and overload: ``normal_``."""
+    return str(operator._schema.name).rpartition("::")[2]
+
+
+def has_argument(operator: Any, name: str) -> bool:
+    """Return whether an operator takes an argument of this name; its schema has no public name."""
+    return any(argument.name == name for argument in operator._schema.arguments)
+
+
+def written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a call of an operator writes into; its schema has no public name."""
+    for index, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, torch.Tensor):
+                yield item
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Return a number that every write into a tensor raises; torch shows it by no public name."""
+    return int(tensor._version)
+
+
+def apply(module: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace a module's parameters and buffers as ``module.to`` would, with what modules add to that.
+
+    ``module.to`` itself refuses meta tensors.
+    """
+    module._apply(function)
+
+
+def plain_dispatch() -> AbstractContextManager[Any]:
+    """Return a context in which subclasses' ``__torch_function__`` is not asked; only a private name offers it."""
+    context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
+    return context
