@@ -12,6 +12,7 @@ import pytest
 import powertrain
 from powertrain import errors, hookspecs
 from powertrain.config.tables import CORE_TABLES
+from powertrain.parameter_state import ParameterState, StateView
 from powertrain.plugin import API, Phase, Plugin
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.checkpoint import CheckpointReader, CheckpointStore
@@ -55,7 +56,7 @@ REQUIRED: dict[type[Any], set[str]] = {
     Communicator: {"issue", "close"},
     CheckpointStore: {"tags", "save", "poll", "wait", "open", "prune"},
     CheckpointReader: {"read"},
-    OptimizerWrapper: {"begin", "step", "discard", "tensors", "load"},
+    OptimizerWrapper: {"begin", "step", "discard", "tensors", "load", "parts", "publish", "gathered"},
     StepRunner: {"train", "evaluate"},
     Sampler: {"__iter__", "__len__", "advance", "state", "load_state"},
 }
@@ -112,7 +113,8 @@ def parameters(function: Any) -> list[str]:
 def test_the_package_offers_these_names() -> None:
     """``powertrain.__all__`` is sorted, complete and importable."""
     expected = ["Context", "Engine", "Phase", "Plugin", "PowertrainError", "Probe"]
-    assert powertrain.__all__ == [*expected, "__version__", "hookimpl", "initialize"]
+    functions = ["deferred", "full", "hookimpl", "initialize", "state", "stream"]
+    assert powertrain.__all__ == [*expected, "__version__", *functions]
     assert dir(powertrain) == sorted(powertrain.__all__)
     for name in powertrain.__all__:
         assert getattr(powertrain, name) is not None
@@ -124,6 +126,19 @@ def test_initialize_takes_these_arguments() -> None:
     """The signature of ``initialize`` is public."""
     expected = ["model", "config", "dataset", "loss_fn", "optimizer", "collate_fn"]
     assert parameters(powertrain.initialize) == [*expected, "*", "scheduler", "plugins", "overrides"]
+
+
+def test_access_to_parameters_takes_these_arguments() -> None:
+    """The signatures of ``full``, ``state`` and ``stream``, and what a parameter's state offers, are public."""
+    assert parameters(powertrain.full) == ["module_or_params", "*", "write"]
+    assert parameters(powertrain.state) == ["param"]
+    assert parameters(powertrain.stream) == ["module_or_engine", "*", "dtype"]
+    views = {"local", "start", "shape", "dtype", "full", "write", "publish"}
+    for kind, offered in ((ParameterState, {"value", "grad", "optimizer"}), (StateView, views)):
+        assert {name for name in vars(kind) if not name.startswith("_")} == offered
+        for name in offered:
+            assert (inspect.getdoc(getattr(kind, name)) or "").strip(), name
+    assert parameters(StateView.write) == ["self", "tensor", "*", "publish"]
 
 
 def test_the_engine_offers_these_names() -> None:

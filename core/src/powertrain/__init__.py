@@ -13,12 +13,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from powertrain.access import full
     from powertrain.build import initialize
     from powertrain.context import Context
+    from powertrain.deferral import deferred
     from powertrain.engine import Engine
     from powertrain.errors import PowertrainError
     from powertrain.hookspecs import hookimpl
+    from powertrain.parameter_state import state
     from powertrain.plugin import Phase, Plugin, Probe
+    from powertrain.streaming import stream
 
 __version__ = "0.1.0"
 
@@ -29,8 +33,12 @@ _HOMES = {
     "Plugin": "powertrain.plugin",
     "PowertrainError": "powertrain.errors",
     "Probe": "powertrain.plugin",
+    "deferred": "powertrain.deferral",
+    "full": "powertrain.access",
     "hookimpl": "powertrain.hookspecs",
     "initialize": "powertrain.build",
+    "state": "powertrain.parameter_state",
+    "stream": "powertrain.streaming",
 }
 
 __all__ = [
@@ -41,8 +49,12 @@ __all__ = [
     "PowertrainError",
     "Probe",
     "__version__",
+    "deferred",
+    "full",
     "hookimpl",
     "initialize",
+    "state",
+    "stream",
 ]
 
 

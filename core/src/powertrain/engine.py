@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from powertrain import nest, saved
+from powertrain import access, nest, saved
 from powertrain.call import ModelCall, checked_loss
 from powertrain.context import Context
 from powertrain.errors import EngineError
@@ -365,6 +365,7 @@ class Engine:
                 for listener in self._events["on_close"]:
                     listener(engine=self)
             finally:
+                access.release(self.module, self.optimizer_wrapper)
                 self.optimizer_wrapper.close()
                 self.context.communicator.close()
 

@@ -6,12 +6,18 @@ backward, and every rank computes the same update.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from powertrain.access import keeping_writes
 from powertrain.buckets import GradientBuckets
 from powertrain.context import Context
+from powertrain.errors import PrecisionError
+from powertrain.pieces import FlatViews
+from powertrain.precision import Recipe
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.optimizer import OptimizerWrapper, Update
 
@@ -28,6 +34,9 @@ class ReplicatedOptimizer(OptimizerWrapper):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
         recipe = context.recipe
+        _check(recipe)
+        for name, param in model.named_parameters():
+            context.birth.make(name, param, context.device)
         self.optimizer = optimizer
         self._named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
         self._frozen = [(name, param) for name, param in model.named_parameters() if not param.requires_grad]
@@ -49,16 +58,24 @@ class ReplicatedOptimizer(OptimizerWrapper):
             backward_order = list(reversed(self._named))
             self._buckets = GradientBuckets(backward_order, context.communicator, recipe.reduce)
         self._first = True
+        self._communicator = context.communicator
+        self._views = FlatViews()
+        self._written: set[torch.nn.Parameter] = set()  # by a block that is not over
 
     def begin(self, *, last: bool, once: bool = False) -> None:
         """Prepare for a micro-batch; the first one after a step drops the old gradients."""
         if self._first:
-            for param, master in self._masters.items():
-                param.grad = None
-                master.grad = None
+            self._views.put_back()
+            self._clear()
         if self._buckets is not None:
             self._buckets.begin(first=self._first, last=last, once=once)
         self._first = False
+
+    def _clear(self) -> None:
+        """Drop all gradients."""
+        for param, master in self._masters.items():
+            param.grad = None
+            master.grad = None
 
     def flush(self) -> None:
         """Send the buckets that backward did not complete."""
@@ -67,6 +84,7 @@ class ReplicatedOptimizer(OptimizerWrapper):
 
     def step(self, *, grad_scale: float, clip: float | None, check_overflow: bool) -> Update:
         """Average, clip and apply the gradients."""
+        self._views.put_back()
         self._deliver()
         masters = [master for master in self._masters.values() if master.grad is not None]
         grads = [master.grad for master in masters if master.grad is not None]
@@ -97,13 +115,15 @@ class ReplicatedOptimizer(OptimizerWrapper):
     def _publish(self) -> None:
         """Copy the masters into the model where they are not the same tensors."""
         for param, master in self._masters.items():
-            if param is not master:
+            if param is not master and param not in self._written:
                 param.copy_(master)
 
     def discard(self) -> None:
         """Drop the gradients gathered so far."""
         if self._buckets is not None:
             self._buckets.drain()
+        if not self._first:
+            self._clear()  # half-gathered gradients must not pass for those of a step
         self._first = True
 
     def tensors(self) -> list[TensorSlice]:
@@ -130,6 +150,7 @@ class ReplicatedOptimizer(OptimizerWrapper):
     @torch.no_grad()
     def load(self, reader: CheckpointReader) -> list[str]:
         """Fill parameters and optimizer state in one read; the state is put in place once all of it is there."""
+        self._views.put_back()
         live: list[tuple[str, torch.Tensor]] = [(f"model/{name}", param) for name, param in self._frozen]
         by_name = {name: self._masters[param] for name, param in self._named}
         live += [(f"model/{name}", master) for name, master in by_name.items()]
@@ -161,22 +182,57 @@ class ReplicatedOptimizer(OptimizerWrapper):
         """Return all of a parameter, its gradient and its state: every rank holds the whole model."""
         name = self._names[param]
         master = self._masters.get(param, param)
-        result = {"value": _slice(name, master)}
-        if master.grad is not None:
-            result["grad"] = _slice(name, master.grad)
+        result = {"value": self._views.lend(name, master)}
+        if self._first and master.grad is not None:
+            result["grad"] = self._views.lend(name, master.grad)
         for key, value in self.optimizer.state.get(master, {}).items():
             if isinstance(value, torch.Tensor):
-                result[f"optimizer/{key}"] = _slice(name, value)
+                result[f"optimizer/{key}"] = self._views.lend(name, value)
         return result
 
     def publish(self) -> None:
         """Copy the masters into the model."""
+        self._views.put_back()
         self._publish()
+
+    def gathered(self, params: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:
+        """Keep what the block writes, if it is to be kept: the parameters are whole anyway."""
+        return self._keeping(params) if write else nullcontext()
+
+    @contextmanager
+    def _keeping(self, params: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        self._written.update(params)
+        try:
+            with keeping_writes(self, params, self._communicator):
+                yield
+        finally:
+            self._written.difference_update(params)
 
     def close(self) -> None:
         """Take the gradient hooks off the model."""
         if self._buckets is not None:
             self._buckets.close()
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse formats that only wrappers keep apart which do not hold everything whole.
+
+    Raises:
+        PrecisionError: gradients would add up in another format than they travel in, or state rest in another
+            than the masters.
+    """
+    for key, found, expected in (
+        ("accumulate", recipe.accumulate, recipe.reduce),
+        ("optimizer", recipe.state, recipe.master),
+    ):
+        if found != expected:
+            raise PrecisionError(
+                f"replicated training keeps one format where `[precision] {key}` asks for another",
+                where=f"precision.{key}",
+                expected=str(expected).removeprefix("torch."),
+                found=str(found).removeprefix("torch."),
+                remedy="leave the key out, or add a section that shards the optimizer",
+            )
 
 
 def _norm(params: list[torch.nn.Parameter]) -> torch.Tensor:

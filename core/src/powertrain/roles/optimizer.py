@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 
 Granularity = Literal["element", "tensor", "matrix"]
 """What an update rule must see at once: any element alone, a whole tensor's norm, a whole matrix."""
+
+
+_ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop")
+
+
+def granularity_of(optimizer: torch.optim.Optimizer) -> Granularity:
+    """Return what an optimizer's update must see at once.
+
+    Its own attribute ``granularity`` says it; of torch's own optimizers it is known; any
+    other is taken to need whole matrices.
+    """
+    declared: Granularity | None = getattr(optimizer, "granularity", None)
+    if declared is not None:
+        return declared
+    return "element" if type(optimizer) in {getattr(torch.optim, name) for name in _ELEMENTWISE} else "matrix"
 
 
 class OptimizerFactory(Protocol):
@@ -104,28 +119,50 @@ class OptimizerWrapper(ABC):
         """
 
     # --- access to single parameters, which may rest in pieces ---
+    #
+    # What users call is powertrain.full, powertrain.state and powertrain.stream. The core marks the model's
+    # parameters as this wrapper's once it is made (powertrain.access.adopt), and these three methods serve
+    # them. For one parameter and key, what a rank holds stays at the same place while the wrapper lives.
 
     @abstractmethod
     def parts(self, param: torch.nn.Parameter) -> dict[str, TensorSlice]:
-        """Return what this rank holds of one of the model's parameters, as slices of the global tensor.
+        """Return what this rank holds of a parameter of the model, frozen or not, as slices of the global tensor.
 
-        Keys: ``value`` (what the optimizer updates), ``grad`` (the mean gradient of
-        the step under way or just done, where there is one) and ``optimizer/<key>``. Writing into a
-        slice changes the state; call ``publish`` afterwards. Local: nothing is communicated.
+        Local: nothing is communicated. Writing into a slice changes the state; ``publish`` is called afterwards.
+
+        Returns:
+            Slices called by the parameter's global name, under these keys:
+
+            - ``value``: what the optimizer updates.
+            - ``grad``: the mean gradient as the last update saw it, unscaled and clipped, from the end of ``step``
+              until the next ``begin``; absent at other times, and for a parameter that no rank used.
+            - ``optimizer/<key>``: the optimizer's tensors, with their own shapes (a step counter's is ``()``).
+
+            ``value`` and ``grad`` are there on all ranks or on none, empty where a rank holds no element.
+            Of ``optimizer/<key>`` such a rank may know nothing, and leave it out.
         """
 
     @abstractmethod
     def publish(self) -> None:
-        """Make the model's parameters follow values that were written through ``parts``; every rank calls it."""
+        """Make the model's parameters follow values that were written through ``parts``; every rank calls it.
 
+        Within ``gathered`` too: parameters that are whole follow as well, except those that the block may write,
+        which are left alone.
+        """
+
+    @abstractmethod
     def gathered(self, params: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:
         """Return a context in which this rank holds ``params`` whole; every rank must enter and leave it.
 
+        Inside, the model may run. Blocks of other parameters may be open meanwhile; ``powertrain.full`` opens no
+        two for one parameter, and closes each once nobody needs it. ``powertrain.access.keeping_writes`` does
+        what ``write`` asks for.
+
         Args:
             params: some of the model's parameters.
-            write: keep what the block writes into them; the first data rank's values win.
+            write: keep what the block writes into them, when it ends, by an exception as well: the first data
+                rank's values win, and where an element changed, ``value`` becomes what was written.
         """
-        return nullcontext()
 
     def close(self) -> None:
         """Take hooks off the model."""
