@@ -20,6 +20,7 @@
     ├── SchedulerError              PT440  an unknown schedule or option
     ├── PrecisionError              PT450  numbers the device or the recipe cannot carry
     ├── ShardingError               PT460  a model or a world that cannot be cut as configured
+    ├── BirthError                  PT470  a parameter or buffer that cannot get its first value
     ├── CommunicationError          PT500
     │   ├── CommunicatorMissing     PT501  several ranks, and nothing to connect them
     │   ├── CollectiveStalled       PT502  a collective did not finish in time
@@ -233,6 +234,14 @@ class ShardingError(PowertrainError):
     code = "PT460"
     exit_code = 2
     advice = "see the section that the message names in docs/configuration.md"
+
+
+class BirthError(PowertrainError):
+    """A parameter or buffer that cannot be given its first value."""
+
+    code = "PT470"
+    exit_code = 2
+    advice = "build the model inside `with powertrain.deferred():`, or give `weights=` to powertrain.initialize"
 
 
 class CommunicationError(PowertrainError):

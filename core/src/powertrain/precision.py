@@ -23,7 +23,9 @@ class Recipe:
         compute: activations, and gradients as backward makes them.
         parameters: what the model's parameters are held in.
         master: what the optimizer updates.
-        reduce: what gradients are accumulated and averaged in.
+        reduce: what gradients are sent and averaged in.
+        accumulate: what gradients of several micro-batches add up in.
+        state: what optimizer state is kept in between steps, where the optimizer wrapper can.
         autocast: whether the forward pass runs under torch.autocast(compute).
     """
 
@@ -31,6 +33,8 @@ class Recipe:
     parameters: torch.dtype
     master: torch.dtype
     reduce: torch.dtype
+    accumulate: torch.dtype
+    state: torch.dtype
     autocast: bool
 
     @classmethod
@@ -56,6 +60,8 @@ class Recipe:
             parameters=master if table.autocast else compute,
             master=master,
             reduce=FORMATS[table.reduce or "fp32"],
+            accumulate=FORMATS[table.accumulate or table.reduce or "fp32"],
+            state=FORMATS[table.optimizer] if table.optimizer else master,
             autocast=table.autocast and compute != torch.float32,
         )
 
@@ -71,7 +77,8 @@ class Recipe:
         return None if self.autocast or self.parameters == torch.float32 else self.parameters
 
     def __str__(self) -> str:
-        parts = [f"{name} {_short(getattr(self, name))}" for name in ("compute", "parameters", "master", "reduce")]
+        names = ("compute", "parameters", "master", "reduce", "accumulate", "state")
+        parts = [f"{name} {_short(getattr(self, name))}" for name in names]
         return ", ".join(parts) + (", autocast" if self.autocast else "")
 
 

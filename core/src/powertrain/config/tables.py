@@ -106,7 +106,14 @@ class Precision:
     """Format of the parameters that the optimizer updates. Absent: fp32."""
 
     reduce: Format | None = None
-    """Format in which gradients are accumulated and averaged over ranks. Absent: fp32."""
+    """Format in which gradients are sent and averaged over ranks. Absent: fp32."""
+
+    accumulate: Format | None = None
+    """Format in which the gradients of several micro-batches add up. Absent: that of ``reduce``."""
+
+    optimizer: Literal["fp32", "bf16"] | None = None
+    """Format in which optimizer state is kept between steps; bf16 halves its memory, and needs a wrapper that
+    updates unit by unit. Absent: that of ``master``."""
 
     autocast: bool = False
     """Keep the model in ``master`` and run it under torch.autocast(compute) instead of converting it."""

@@ -1,0 +1,214 @@
+"""The gradients of one flat buffer, on their way to the mean of this rank's shard.
+
+Each gradient is moved into a whole buffer as soon as autograd has it. Stage 1
+has one such buffer that stays: micro-batches add up in it, and it is reduced
+once a step. From stage 2 on the buffer is borrowed for the time between the
+first gradient and the end of the reduction, and shards add up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from powertrain.roles.communicator import Communicator, Handle
+from powertrain_zero.flat import Flat
+from powertrain_zero.groups import Groups
+from powertrain_zero.wire import ReduceWire
+
+IN_FLIGHT = 2
+"""Reductions under way at once, each with a borrowed buffer: one is on the wire while the next fills."""
+
+
+class BufferPool:
+    """Borrowed flat buffers, given back for the next unit: fresh memory is slow to touch.
+
+    Args:
+        communicator: allocates them.
+        dimension: along which they are reduced.
+        dtype: of their elements, the format that travels.
+    """
+
+    def __init__(self, communicator: Communicator, dimension: str, dtype: torch.dtype) -> None:
+        self._communicator = communicator
+        self._dimension = dimension
+        self.dtype = dtype
+        self._size = 0
+        self._free: list[torch.Tensor] = []
+
+    def fit(self, numel: int) -> None:
+        """Make sure that later buffers hold at least ``numel`` elements."""
+        self._size = max(self._size, numel)
+
+    def borrow(self) -> torch.Tensor:
+        """Return a buffer with arbitrary contents."""
+        if self._free:
+            return self._free.pop()
+        return self._communicator.empty(self._size, self.dtype, self._dimension)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Take a buffer for the next borrower."""
+        self._free.append(buffer)
+
+
+class FlatGradients:
+    """Collects and reduces the gradients of one flat.
+
+    Args:
+        flat: whose gradients they are.
+        groups: over which ranks they are averaged.
+        communicator: connects the ranks.
+        wire: how they travel within the shard group.
+        pool: lends buffers in the format that travels.
+        flights: reductions under way, of all flats; the oldest is ended when there are too many.
+        accumulate: the format in which they add up.
+        whole: whether micro-batches add up in a whole buffer (stage 1) or in the shard.
+
+    Attributes:
+        used: for each parameter, whether it got a gradient in this step on this rank.
+    """
+
+    def __init__(
+        self,
+        flat: Flat,
+        groups: Groups,
+        communicator: Communicator,
+        wire: ReduceWire,
+        pool: BufferPool,
+        flights: deque[FlatGradients],
+        accumulate: torch.dtype,
+        *,
+        whole: bool,
+    ) -> None:
+        self.flat = flat
+        self.used = [False] * len(flat.named)
+        self._groups = groups
+        self._communicator = communicator
+        self._wire = wire
+        self._pool = pool
+        self._flights = flights
+        self._accumulate = accumulate
+        self._gaps = flat.gaps()
+        self._whole = self._new(flat.numel) if whole else None
+        self._shard = None if whole else self._new(flat.shard_numel)
+        self._open: torch.Tensor | None = None  # where gradients go that have not been sent
+        self._filled = [False] * len(flat.named)  # which parts of it are defined
+        self._missing = len(flat.named)
+        self._arrived = [False] * len(flat.named)
+        self._flight: tuple[Handle, torch.Tensor] | None = None
+        self._begun = False  # the shard holds a part of this step
+        pool.fit(flat.numel)
+
+    def _new(self, numel: int) -> torch.Tensor:
+        buffer = self._communicator.empty(numel, self._accumulate, self._groups.shard)
+        return buffer.zero_()
+
+    @property
+    def shard(self) -> torch.Tensor:
+        """The mean gradient of this rank's shard, once all is settled."""
+        if self._shard is not None:
+            return self._shard
+        assert self._whole is not None
+        return self.flat.own(self._whole)
+
+    @property
+    def complete(self) -> bool:
+        """Whether each parameter got a gradient since ``begin``."""
+        return self._missing == 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are gradients that were not sent."""
+        return self._open is not None
+
+    def begin(self, *, first: bool) -> None:
+        """Prepare for a micro-batch; the first one of a step forgets the old gradients."""
+        self._missing = len(self._arrived)
+        self._arrived = [False] * self._missing
+        if first:
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget all gradients of this step."""
+        self.settle()
+        self._close()
+        self._begun = False
+        self.used = [False] * len(self.used)
+
+    def add(self, index: int, grad: torch.Tensor) -> None:
+        """Take the gradient of parameter ``index``."""
+        if self._open is None:
+            # What a whole buffer holds of a step that was reduced already is not to be added again.
+            fresh = self._whole is not None and not self._begun and self._flight is None
+            self._open = self._whole if fresh else self._borrow()
+            self._filled = [False] * len(self._filled)
+        view = self.flat.view(self._open, index)
+        if self._filled[index]:
+            view.add_(grad)
+        else:
+            view.copy_(grad)
+            self._filled[index] = True
+        self.used[index] = True
+        if not self._arrived[index]:
+            self._arrived[index] = True
+            self._missing -= 1
+
+    def _borrow(self) -> torch.Tensor:
+        while len(self._flights) >= IN_FLIGHT:
+            self._flights[0].settle()
+        return self._pool.borrow()
+
+    def send(self) -> None:
+        """Start the reduction of what there is; parameters without a gradient count as zeros."""
+        self.settle()
+        if self._open is None:
+            self._open = self._borrow()
+            self._filled = [False] * len(self._filled)
+        buffer = self._open
+        for index, filled in enumerate(self._filled):
+            if not filled:
+                self.flat.view(buffer, index).zero_()
+        for start, stop in self._gaps:
+            buffer[start:stop].zero_()
+        if buffer.dtype != self._pool.dtype:
+            # It was kept in a more exact format than the one that travels.
+            buffer = self._borrow()
+            buffer[: self.flat.numel].copy_(self._open)
+        whole = buffer[: self.flat.numel]
+        label = f"gradients of {self.flat.named[0][0]} … ({len(self.flat.named)} parameters)"
+        # The first reduction of a step leaves its result where the shard rests; later ones are added.
+        direct = not self._begun and self.shard.dtype == whole.dtype
+        output = self.shard if direct else self.flat.own(whole)
+        self._flight = (self._wire.reduce(output, whole, label), buffer)
+        self._flights.append(self)
+        self._open = None
+
+    def settle(self) -> None:
+        """Wait for the reduction under way, and add its result to the shard."""
+        if self._flight is None:
+            return
+        handle, buffer = self._flight
+        self._flight = None
+        self._flights.remove(self)
+        handle.wait()
+        own = self.flat.own(buffer)
+        if self._begun:
+            self.shard.add_(own)
+        elif self.shard.dtype != own.dtype:
+            self.shard.copy_(own)
+        self._begun = True
+        if buffer is not self._whole:
+            self._pool.give_back(buffer)
+
+    def _close(self) -> None:
+        if self._open is not None and self._open is not self._whole:
+            self._pool.give_back(self._open)
+        self._open = None
+
+    def across(self) -> Handle | None:
+        """Start the averaging over replicas of the settled shard."""
+        if self._groups.replica is None:
+            return None
+        label = f"gradients of {self.flat.named[0][0]} … across replicas"
+        return self._communicator.all_reduce(self.shard, self._groups.replica, reduction="mean", label=label)

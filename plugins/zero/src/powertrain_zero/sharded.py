@@ -1,0 +1,330 @@
+"""The sharded optimizer: ZeRO's three stages as three switches of one class.
+
+Stage 1 shards optimizer state, 2 gradients as well, 3 parameters as well
+(Rajbhandari et al., "ZeRO", 2020). What differs is where things rest: whether a
+flat buffer's parameters stay whole (``resident``) and whether its gradients do.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from powertrain.context import Context
+from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
+from powertrain.roles.communicator import Handle
+from powertrain.roles.optimizer import OptimizerWrapper, Update, granularity_of
+from powertrain_zero.config import ZeroConfig
+from powertrain_zero.flat import ALIGN, Flat, Segment
+from powertrain_zero.flow import Flow
+from powertrain_zero.generation import serve_generation
+from powertrain_zero.gradients import BufferPool, FlatGradients
+from powertrain_zero.groups import Groups
+from powertrain_zero.passes import Ballot
+from powertrain_zero.saved import SavedState
+from powertrain_zero.timeline import Cursor, Step
+from powertrain_zero.unit import Unit
+from powertrain_zero.units import Named, UnitPlan, plan_buckets, plan_units
+from powertrain_zero.update import Updater
+from powertrain_zero.wire import GatherWire, PlainGather, PlainReduce, ReduceWire
+
+
+class ShardedOptimizer(OptimizerWrapper):
+    """Shards a model's training state over the data dimension.
+
+    Args:
+        model: its parameters become views of flat buffers, in place.
+        optimizer: its groups are pointed at this rank's slices.
+        config: the ``[zero]`` table.
+        context: the run.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: ZeroConfig, context: Context
+    ) -> None:
+        self.optimizer = optimizer
+        self.groups = Groups.build(config, context.communicator)
+        self._context = context
+        self._communicator = context.communicator
+        plans = plan_units(model, config.unit)
+        # Alone, there is nobody to keep the rest: parameters and gradients stay whole.
+        self.stage = config.stage if self.groups.shards > 1 else 1
+        if self.stage < 3:
+            plans = plan_buckets(model, config.bucket)
+        self._first = True
+        self._last = True
+        self._round_open = False
+        self._flights: deque[FlatGradients] = deque()
+        self._pool = BufferPool(self._communicator, self.groups.shard, context.recipe.reduce)
+        self._whole_tensors = granularity_of(optimizer) != "element"
+        self._gather_wire, self._reduce_wire, self._multiple = self._wires(config)
+        self.units = [self._make_unit(plan) for plan in plans]
+        self._home = {
+            param: (unit, flat, index)
+            for unit in self.units
+            for flat in unit.flats
+            for index, (_, param) in enumerate(flat.named)
+        }
+        self._gradients_of = {
+            param: (unit, gradients, index)
+            for unit in self.units
+            for gradients in unit.gradients
+            for index, (_, param) in enumerate(gradients.flat.named)
+        }
+        self._updater = Updater(self.units, optimizer, self.groups, context)
+        self._saved = SavedState(self.units, optimizer, context)
+        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._gradients_of]
+        self._cursor: Cursor[Unit] | None = None
+        self._flow: Flow | None = None
+        self._generation: Any = None
+        if self.stage == 3:
+            self._flow = Flow(
+                model,
+                self.units,
+                prefetch=config.prefetch,
+                reshard=config.reshard_after_forward is not False,
+                ballot=Ballot(self._communicator, self.groups.shard),
+                reducing=lambda: self._round_open,
+                reduced=self._end_round,
+            )
+            self._generation = serve_generation(model, self._flow)
+
+    # --- construction -----------------------------------------------------------------
+
+    def _wires(self, config: ZeroConfig) -> tuple[GatherWire, ReduceWire, int]:
+        communicator, shard = self._communicator, self.groups.shard
+        return PlainGather(communicator, shard), PlainReduce(communicator, shard), ALIGN
+
+    def _make_unit(self, plan: UnitPlan) -> Unit:
+        """Give a unit its memory."""
+        recipe = self._context.recipe
+        kinds: dict[tuple[bool, torch.dtype], list[Named]] = defaultdict(list)
+        for name, param in plan.params:
+            dtype = recipe.parameters if param.is_floating_point() else param.dtype
+            kinds[param.requires_grad, dtype].append((name, param))
+        flats = [
+            Flat(
+                named,
+                dtype=dtype,
+                master_dtype=recipe.master if trainable else dtype,
+                groups=self.groups,
+                communicator=self._communicator,
+                birth=self._context.birth,
+                resident=self.stage < 3,
+                whole_tensors=self._whole_tensors and trainable,
+                multiple=self._multiple,
+            )
+            for (trainable, dtype), named in kinds.items()
+        ]
+        gradients = [
+            FlatGradients(
+                flat,
+                self.groups,
+                self._communicator,
+                self._reduce_wire,
+                self._pool,
+                self._flights,
+                recipe.accumulate,
+                whole=self.stage == 1,
+            )
+            for flat in flats
+            if flat.trainable
+        ]
+        return Unit(plan, flats, gradients, self._gather_wire, self.groups, self._communicator)
+
+    # --- gradients ----------------------------------------------------------------------
+
+    def begin(self, *, last: bool, once: bool = False) -> None:
+        """Prepare for a micro-batch: before stage 2 only the last one's gradients travel."""
+        self._end_round()
+        for unit in self.units:
+            for gradients in unit.gradients:
+                gradients.begin(first=self._first)
+        self._first = False
+        self._round_open = last or self.stage > 1
+        if self._flow is None and self._round_open:
+            self._cursor = Cursor([Step("reduce", unit) for unit in reversed(self.units)])
+
+    def _arrived(self, param: torch.Tensor) -> None:
+        """Move a gradient that autograd has just finished into its buffer."""
+        _, gradients, index = self._gradients_of[param]  # type: ignore[index]
+        grad = param.grad
+        assert grad is not None
+        param.grad = None
+        gradients.add(index, grad.to_dense() if grad.is_sparse else grad)
+        if not gradients.complete:
+            return
+        if self._flow is not None:
+            self._flow.completed()
+        elif self._cursor is not None:
+            while (step := self._cursor.peek()) is not None and step.unit.complete:
+                self._cursor.advance().unit.send()
+
+    def _end_round(self) -> None:
+        """Send what was not complete: the same on every rank, whatever branches it took."""
+        if self._round_open and self._cursor is not None:
+            for step in self._cursor.rest():
+                step.unit.send()
+        self._cursor = None
+        self._round_open = False
+
+    def flush(self) -> None:
+        """Send the rest, and agree on which parameters got a gradient anywhere, and what came late."""
+        if self._round_open:
+            self._end_round()
+        if self._updater.used is not None:
+            return
+        gradients = [part for unit in self.units for part in unit.gradients]
+        flags = [float(used) for part in gradients for used in part.used]
+        flags += [float(part.waiting) for part in gradients]
+        agreed = self._agree(flags)
+        late = agreed[len(agreed) - len(gradients) :]
+        for part, flag in zip(gradients, late, strict=True):
+            if flag:
+                part.send()
+        used = iter(agreed)
+        self._updater.used = [[next(used) > 0 for _ in part.used] for part in gradients]
+
+    def _agree(self, flags: list[float]) -> list[float]:
+        """Return the largest of each flag over all data ranks."""
+        if self._communicator.size("data") == 1:
+            return flags
+        values = torch.tensor(flags, device=self._communicator.device)
+        self._communicator.all_reduce(values, reduction="max", label="which parameters got a gradient").wait()
+        agreed: list[float] = values.tolist()
+        return agreed
+
+    def discard(self) -> None:
+        """Drop the gradients gathered so far."""
+        self._round_open = False
+        self._cursor = None
+        if self._flow is not None:
+            self._flow.reset()
+        for unit in self.units:
+            for gradients in unit.gradients:
+                gradients.drop()
+        self._updater.used = None
+        self._first = True
+
+    # --- the update ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, *, grad_scale: float, clip: float | None, check_overflow: bool) -> Update:
+        """Finish reductions, clip, update this rank's slices, and publish them."""
+        self.flush()
+        if self._flow is not None:
+            self._flow.reset()
+        handles: list[Handle | None] = []
+        for unit in self.units:
+            for gradients in unit.gradients:
+                gradients.settle()
+                handles.append(gradients.across())
+        for handle in handles:
+            if handle is not None:
+                handle.wait()
+        self._first = True
+        return self._updater.step(self.publish_unit, grad_scale=grad_scale, clip=clip, check_overflow=check_overflow)
+
+    @torch.no_grad()
+    def publish_unit(self, unit: Unit, *, frozen: bool = False) -> Handle | None:
+        """Start bringing new values of the masters into a unit's parameters, where these stay whole."""
+        unit.forget_kept()
+        if unit.resident:
+            return unit.publish(frozen=frozen)
+        unit.refresh()
+        return None
+
+    def publish(self) -> None:
+        """Make the model follow values that were written into this rank's slices."""
+        handles = [self.publish_unit(unit, frozen=True) for unit in self.units]
+        for handle in handles:
+            if handle is not None:
+                handle.wait()
+
+    # --- access -------------------------------------------------------------------------
+
+    def parts(self, param: torch.nn.Parameter) -> dict[str, TensorSlice]:
+        """Return this rank's slices of a parameter, its gradient and its optimizer state."""
+        unit, flat, index = self._home[param]
+        segment = next((segment for segment in flat.segments if segment.index == index), None)
+        if segment is None:
+            name, shape = flat.named[index][0], tuple(flat.layout.entries[index].shape)
+            return {"value": TensorSlice(name, shape, flat.shard[:0])}
+        name = segment.name
+        result = {"value": segment.slice(name, segment.master)}
+        grad = self._gradient(unit, flat, segment)
+        if grad is not None:
+            result["grad"] = segment.slice(name, grad)
+        for key, value in self.optimizer.state.get(segment.master, {}).items():
+            if isinstance(value, torch.Tensor):
+                result[f"optimizer/{key}"] = segment.slice(name, value)
+        return result
+
+    def _gradient(self, unit: Unit, flat: Flat, segment: Segment) -> torch.Tensor | None:
+        gradients = next((part for part in unit.gradients if part.flat is flat), None)
+        if gradients is None or segment.master.grad is None:
+            return None
+        return segment.master.grad
+
+    def gathered(self, params: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which ``params`` are whole."""
+        return self._gathered(list(params), write)
+
+    @contextmanager
+    def _gathered(self, params: list[torch.nn.Parameter], write: bool) -> Iterator[None]:
+        units = [unit for unit in self.units if any(self._home[param][0] is unit for param in params)]
+        for unit in units:
+            unit.hold()
+        try:
+            yield
+            if write:
+                self._take_back(params, units)
+        finally:
+            for unit in units:
+                unit.let_go()
+
+    @torch.no_grad()
+    def _take_back(self, params: list[torch.nn.Parameter], units: Sequence[Unit]) -> None:
+        """Keep what was written into whole parameters: the first data rank's values."""
+        communicator = self._communicator
+        if communicator.size("data") > 1:
+            handles = []
+            for param in params:
+                _, flat, index = self._home[param]
+                view = flat.view(flat.full, index)
+                handles.append(communicator.broadcast(view, 0, label=f"written {flat.named[index][0]}"))
+            for handle in handles:
+                handle.wait()
+        for unit in units:
+            unit.forget_kept()
+            for flat in unit.flats:
+                flat.take_back()
+
+    # --- checkpoints --------------------------------------------------------------------
+
+    def tensors(self) -> list[TensorSlice]:
+        """Return this rank's slices of parameters (masters) and optimizer state."""
+        return self._saved.tensors()
+
+    def values(self) -> dict[str, Any]:
+        """Return optimizer state that is no tensor; gathered from the ranks that have it."""
+        return self._saved.values()
+
+    def load(self, reader: CheckpointReader) -> list[str]:
+        """Fill this rank's slices in one read."""
+        names = self._saved.load(reader)
+        self.publish()
+        return names
+
+    def close(self) -> None:
+        """Take hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._flow is not None:
+            self._flow.close()
+        if self._generation is not None:
+            self._generation()

@@ -1,0 +1,155 @@
+"""A unit with its memory: gathered before its modules run, freed after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from powertrain.roles.communicator import Communicator, Handle, Handles
+from powertrain_zero.flat import Flat
+from powertrain_zero.gradients import FlatGradients
+from powertrain_zero.groups import Groups
+from powertrain_zero.units import UnitPlan
+from powertrain_zero.wire import GatherWire, PlainGather
+
+
+class Unit:
+    """Flat buffers that are gathered and reduced together.
+
+    Args:
+        plan: which parameters and modules.
+        flats: its buffers, trainable ones and frozen ones apart.
+        gradients: those of the trainable buffers.
+        wire: how parameters travel.
+        groups: over which ranks.
+        communicator: connects them.
+
+    Attributes:
+        resident: the parameters are always here.
+        ready: the parameters are here and may be used.
+        open_calls: forward calls whose backward will tell when it is over.
+        repeated: it was called more than once in a forward pass.
+        done: backward is through with it in this micro-batch.
+    """
+
+    def __init__(
+        self,
+        plan: UnitPlan,
+        flats: Sequence[Flat],
+        gradients: Sequence[FlatGradients],
+        wire: GatherWire,
+        groups: Groups,
+        communicator: Communicator,
+    ) -> None:
+        self.plan = plan
+        self.flats = list(flats)
+        self.gradients = list(gradients)
+        self.resident = all(flat.resident for flat in flats)
+        self.ready = self.resident
+        self.open_calls = 0
+        self.repeated = False
+        self.done = False
+        self._wire = wire
+        self._handle: Handle | None = None
+        self._holds = 0
+        self._label = f"parameters of {plan.name}"
+        self._kept: list[torch.Tensor] = []
+        self._kept_valid = False
+        self._secondary = None
+        if groups.secondary is not None:
+            self._secondary = PlainGather(communicator, groups.secondary)
+            size, index = communicator.size(groups.secondary), communicator.index(groups.secondary)
+            self._pieces = [(flat.numel // size * index, flat.numel // size * (index + 1)) for flat in flats]
+
+    @property
+    def name(self) -> str:
+        """The unit's name, for people."""
+        return self.plan.name
+
+    @property
+    def here(self) -> bool:
+        """Whether the parameters are here, or on their way."""
+        return self.ready or self._handle is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its gradients can be sent: each arrived, or backward is through with it."""
+        return self.done or all(gradients.complete for gradients in self.gradients)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Start bringing the parameters here, from what was kept after forward if that is nearer."""
+        if self.here:
+            return
+        handles = []
+        for number, flat in enumerate(self.flats):
+            flat.allocate()
+            if self._kept_valid and self._secondary is not None:
+                handles.append(self._secondary.gather(flat.full, self._kept[number], f"{self._label}, within the node"))
+            else:
+                handles.append(self._wire.gather(flat.full, flat.shard, self._label))
+        self._handle = handles[0] if len(handles) == 1 else Handles(handles)
+
+    def wait(self) -> None:
+        """Return when the parameters may be used; they must have been asked for."""
+        if self._handle is not None:
+            self._handle.wait()
+            self._handle = None
+            for flat in self.flats:
+                flat.expose()
+            self.ready = True
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Keep this rank's secondary slice of what is gathered, for backward."""
+        if self._secondary is None or not self.ready or self.resident:
+            return
+        pieces = [flat.full[start:stop] for flat, (start, stop) in zip(self.flats, self._pieces, strict=True)]
+        if not self._kept:
+            self._kept = [torch.empty_like(piece) for piece in pieces]
+        for kept, piece in zip(self._kept, pieces, strict=True):
+            kept.copy_(piece)
+        self._kept_valid = True
+
+    def release(self) -> None:
+        """Free the parameters, unless somebody holds them."""
+        self.wait()
+        if self.ready and not self.resident and not self._holds:
+            self.ready = False
+            for flat in self.flats:
+                flat.free()
+
+    def hold(self) -> None:
+        """Bring the parameters here and keep them until ``let_go``."""
+        self._holds += 1
+        self.gather()
+        self.wait()
+
+    def let_go(self) -> None:
+        """End a ``hold``."""
+        self._holds -= 1
+        self.release()
+
+    def forget_kept(self) -> None:
+        """Drop the secondary slice: the parameters have changed."""
+        self._kept_valid = False
+
+    def refresh(self) -> None:
+        """Bring parameters that are held up to date with the shards."""
+        if self._holds and not self.resident:
+            self.ready = False
+            for flat in self.flats:
+                flat.free()
+            self.gather()
+            self.wait()
+
+    def publish(self, *, frozen: bool = False) -> Handle:
+        """Start bringing the shards' values into parameters that stay whole; frozen ones only if asked."""
+        flats = [flat for flat in self.flats if flat.resident and (flat.trainable or frozen)]
+        return Handles([self._wire.gather(flat.full, flat.shard, f"new {self._label}") for flat in flats])
+
+    def send(self) -> None:
+        """Start the reduction of its gradients."""
+        for gradients in self.gradients:
+            gradients.send()

@@ -1,0 +1,159 @@
+"""The update of this rank's slices: scale, norm, clip, optimizer, unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from powertrain.context import Context
+from powertrain.roles.communicator import Done, Handle
+from powertrain.roles.optimizer import Update, granularity_of
+from powertrain_zero.flat import Segment
+from powertrain_zero.gradients import FlatGradients
+from powertrain_zero.groups import Groups
+from powertrain_zero.unit import Unit
+
+
+class Updater:
+    """Drives a torch optimizer over segments of flat shards.
+
+    Args:
+        units: whose segments are updated.
+        optimizer: its groups are pointed at the segments, each group at those of its own
+            parameters; a group that has none on this rank stays, empty.
+        groups: over which ranks state is sharded.
+        context: the run.
+
+    Attributes:
+        used: for each trainable flat and parameter, whether any rank has a gradient
+            in this step; None until the ranks have agreed.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], optimizer: torch.optim.Optimizer, groups: Groups, context: Context
+    ) -> None:
+        self.used: list[list[bool]] | None = None
+        self._units = list(units)
+        self._optimizer = optimizer
+        self._groups = groups
+        self._communicator = context.communicator
+        self._state_dtype = context.recipe.state
+        self._master_dtype = context.recipe.master
+        segments: dict[torch.nn.Parameter, list[Segment]] = {}
+        unit_of: dict[torch.nn.Parameter, Unit] = {}
+        for unit in units:
+            for flat in unit.flats:
+                for _, param in flat.named:
+                    segments[param] = []
+                for segment in flat.segments:
+                    segments[flat.named[segment.index][1]].append(segment)
+                    unit_of[segment.master] = unit
+        for group in optimizer.param_groups:
+            group["params"] = [segment.master for param in group["params"] for segment in segments.get(param, ())]
+        self._members = {unit: [[] for _ in optimizer.param_groups] for unit in units}  # type: ignore[var-annotated]
+        for number, group in enumerate(optimizer.param_groups):
+            for master in group["params"]:
+                self._members[unit_of[master]][number].append(master)
+        # One call a unit lets parameters travel while the next unit is updated; it is legal where
+        # the update of one element depends on no other.
+        elementwise = granularity_of(optimizer) == "element"
+        travels = groups.shards > 1 and any(unit.resident for unit in units)
+        self._by_unit = elementwise and (travels or self._state_dtype != self._master_dtype)
+
+    def step(
+        self,
+        publish: Callable[[Unit], Handle | None],
+        *,
+        grad_scale: float,
+        clip: float | None,
+        check_overflow: bool,
+    ) -> Update:
+        """Update all masters from their gradients, and publish each unit as it is done.
+
+        Args:
+            publish: starts bringing a unit's new values into its parameters.
+            grad_scale: what the gradients were multiplied by.
+            clip: the largest global norm.
+            check_overflow: skip the update when the norm is not finite.
+        """
+        masters = self._deliver()
+        if grad_scale != 1.0:
+            for master in masters:
+                master.grad.mul_(1.0 / grad_scale)  # type: ignore[union-attr]
+        norm, handle = self._norm(masters)
+
+        def grad_norm() -> torch.Tensor:
+            handle.wait()
+            return norm.sqrt() if self._groups.shards > 1 else norm
+
+        if check_overflow and not bool(grad_norm().isfinite()):
+            return Update(applied=False, grad_norm=grad_norm)
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(masters, clip, grad_norm())
+        handles = []
+        if not self._by_unit:
+            self._optimizer.step()
+        for unit in self._units:
+            if self._by_unit:
+                with self._only(unit):
+                    self._optimizer.step()
+            handles.append(publish(unit))
+        for published in [handle, *handles]:
+            if published is not None:
+                published.wait()
+        return Update(applied=True, grad_norm=grad_norm)
+
+    def _deliver(self) -> list[torch.nn.Parameter]:
+        """Put the mean gradients where the optimizer looks for them; return the masters that have one."""
+        assert self.used is not None
+        masters = []
+        parts = [part for unit in self._units for part in unit.gradients]
+        for part, used in zip(parts, self.used, strict=True):
+            for segment in part.flat.segments:
+                segment.master.grad = _gradient(part, segment) if used[segment.index] else None
+                if segment.master.grad is not None:
+                    masters.append(segment.master)
+        self.used = None
+        return masters
+
+    def _norm(self, masters: Sequence[torch.nn.Parameter]) -> tuple[torch.Tensor, Handle]:
+        """Start the global norm: its square over several shards, itself with one."""
+        norm = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+        if self._groups.shards == 1:
+            return norm, Done()
+        square = norm.to(device=self._communicator.device, dtype=torch.float32).square()
+        return square, self._communicator.all_reduce(square, self._groups.shard, label="gradient norm")
+
+    @contextmanager
+    def _only(self, unit: Unit) -> Iterator[None]:
+        """Let the optimizer see one unit's segments, with their state in the master's format."""
+        groups = self._optimizer.param_groups
+        everything = [group["params"] for group in groups]
+        mine = self._members[unit]
+        try:
+            for group, members in zip(groups, mine, strict=True):
+                group["params"] = members
+            self._convert(mine, self._master_dtype)
+            yield
+            self._convert(mine, self._state_dtype)
+        finally:
+            for group, members in zip(groups, everything, strict=True):
+                group["params"] = members
+
+    def _convert(self, members: Sequence[Sequence[torch.nn.Parameter]], dtype: torch.dtype) -> None:
+        """Convert the optimizer state of some segments, scalars excepted."""
+        if self._state_dtype == self._master_dtype:
+            return
+        for masters in members:
+            for master in masters:
+                state = self._optimizer.state.get(master, {})
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.is_floating_point():
+                        state[key] = value.to(dtype)
+
+
+def _gradient(part: FlatGradients, segment: Segment) -> torch.Tensor:
+    grad = segment.of(part.shard)
+    return grad if grad.dtype == segment.master.dtype else grad.to(segment.master.dtype)
