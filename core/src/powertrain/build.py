@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import torch
 
+from powertrain import access, optimizers, random_state, saved, schedule
 from powertrain import config as configuration
-from powertrain import optimizers, random_state, saved, schedule
 from powertrain.accumulation import Accumulation
+from powertrain.birth import check_made
 from powertrain.call import ModelCall
 from powertrain.config import BatchSizes, Config
 from powertrain.context import Context
@@ -141,7 +142,9 @@ def _build(
     if settings.checkpoint.every is not None:
         saved.open_store(context, saved.checkpoint_uri(settings, None)).close()  # refused now, not hours later
     random_state.seed_all(context, settings.run.seed)
-    model.to(device)
+    context.birth.check(model)
+    context.birth.agree(model, communicator)
+    context.birth.place(model, device)
     broadcast_from_first(model, communicator)
     for name in hooks.transforms():
         transformed = hooks.call(name, "transform_model", model=model, context=context)
@@ -150,6 +153,8 @@ def _build(
     inner = make_optimizer(model, optimizer, settings, hooks)
     wrapper: OptimizerWrapper | None = hooks.one("wrap_optimizer", model=model, optimizer=inner, context=context)
     wrapper = wrapper or ReplicatedOptimizer(model, inner, context)
+    check_made(model, wrapper.optimizer)
+    access.adopt(model, wrapper, communicator)
     engine = Engine(
         module=model,
         context=context,
@@ -243,10 +248,11 @@ def connect(
 
 
 def broadcast_from_first(model: torch.nn.Module, communicator: Communicator) -> None:
-    """Give every data rank the parameters and buffers of the first."""
+    """Give every data rank the parameters and buffers of the first; those still to be made are agreed on already."""
     if communicator.size("data") == 1:
         return
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [(name, tensor) for name, tensor in tensors if not tensor.is_meta]
     handles = []
     for name, tensor in tensors:
         target = tensor.detach().contiguous()
@@ -335,7 +341,9 @@ def make_optimizer(
         raise OptimizerError(f"no plugin makes the optimizer {table.name!r}", where="optimizer.name")
     if not trainable:
         raise OptimizerError("the model has no parameter that requires a gradient", remedy="unfreeze some of it")
-    return cast("torch.optim.Optimizer", factory(trainable))
+    made = factory(trainable)
+    made.granularity = factory.granularity
+    return cast("torch.optim.Optimizer", made)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, given: Any, settings: Config) -> schedule.Schedule | None:
