@@ -6,26 +6,28 @@ and compared with a plain PyTorch loop over the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from powertrain.context import Context
-from powertrain.errors import CheckpointError
+from powertrain.errors import CheckpointError, ParameterFreed
 from powertrain.roles.communicator import Communicator
 from powertrain.roles.optimizer import OptimizerWrapper
 from powertrain.testing.loopback import LoopbackWorld
+from powertrain.testing.optimizer_access import ParameterAccessContract
 from powertrain.testing.surroundings import make_context
 from powertrain.testing.training import (
     Branches,
-    Plain,
     Recipe,
     Rig,
     Trace,
     adamw,
+    check,
     close_to,
+    first_half,
     parameters_of,
     plain,
     whole,
@@ -34,32 +36,32 @@ from powertrain.testing.training import (
 Body = Callable[[Rig], Any]
 
 
-def first_half(index: int) -> bool:
-    """Take the branch in the first micro-batch only: on one rank, and not in its last micro-batch."""
-    return index == 0
-
-
-class OptimizerWrapperContract:
+class OptimizerWrapperContract(ParameterAccessContract):
     """Tests of one wrapper.
 
     Attributes:
         config: the configuration of the wrapper's context.
+        keeps_model_whole: whether the model's parameters are whole on each rank, also after ``close``.
     """
 
     config: ClassVar[dict[str, Any]] = {}
+    keeps_model_whole: ClassVar[bool] = True
 
     def make(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> OptimizerWrapper:
         """Return the wrapper of ``optimizer``."""
         raise NotImplementedError
 
-    def on_ranks(self, recipe: Recipe, body: Body, *, seed: int = 0, width: int = 5) -> list[Any]:
+    def on_ranks(
+        self, recipe: Recipe, body: Body, *, seed: int = 0, width: int = 5, config: Mapping[str, Any] | None = None
+    ) -> list[Any]:
         """Run ``body(rig)`` on each rank of the recipe, each with a model of its own that equals the others'."""
+        settings = self.config if config is None else config
         models = [Branches(seed, width) for _ in range(recipe.ranks)]
 
         def run(communicator: Communicator) -> Any:
             model = models[communicator.rank]
             optimizer = recipe.optimizer([param for param in model.parameters() if param.requires_grad])
-            wrapper = self.make(model, optimizer, make_context(communicator, self.config))
+            wrapper = self.make(model, optimizer, make_context(communicator, settings))
             try:
                 return body(Rig(model, wrapper, communicator.rank, recipe))
             finally:
@@ -189,22 +191,12 @@ class OptimizerWrapperContract:
             return rig.model
 
         for model in self.on_ranks(Recipe(ranks=2), body):
+            if not self.keeps_model_whole:
+                with pytest.raises(ParameterFreed, match=r"body\.weight"):
+                    model(torch.ones(2, 6))
+                continue
             for param in model.parameters():
                 param.grad = None
             model(torch.ones(2, 6)).sum().backward()
             assert model.body.weight.grad is not None
             assert torch.equal(model.head.bias.grad, torch.tensor([2.0]))
-
-
-def check(expected: Plain, traces: list[Trace], recipe: Recipe) -> None:
-    """Assert that what the ranks did is what the plain loop did."""
-    share = recipe.accumulation
-    for rank, trace in enumerate(traces):
-        assert trace.applied == [step != recipe.overflow for step in range(recipe.steps)]
-        wanted = [loss for losses in expected.losses for loss in losses[rank * share : (rank + 1) * share]]
-        assert trace.losses == pytest.approx(wanted, rel=1e-4), f"losses on rank {rank}"
-        for step in range(recipe.steps):
-            if step != recipe.overflow:
-                assert trace.norms[step] == pytest.approx(expected.norms[step], rel=1e-4), f"norm of step {step}"
-    for step in range(recipe.steps):
-        close_to(parameters_of(whole([trace.states[step] for trace in traces])), expected.parameters[step])

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import attrs
+import pytest
 import torch
 
 from powertrain.roles.checkpoint import Snapshot
@@ -81,15 +82,16 @@ def loss_of(model: torch.nn.Module, step: int, index: int, recipe: Recipe) -> to
 
 @attrs.frozen(kw_only=True)
 class Plain:
-    """A plain loop, step by step: the parameters after it, its gradient norm, each micro-batch's loss."""
+    """A plain loop, step by step: the parameters after it, its gradients and their norm, each micro-batch's loss."""
 
     parameters: list[Parameters] = attrs.field(factory=list)
+    gradients: list[Parameters] = attrs.field(factory=list)
     norms: list[float] = attrs.field(factory=list)
     losses: list[list[float]] = attrs.field(factory=list)
 
 
-def plain(recipe: Recipe) -> Plain:
-    """Run the recipe as a plain loop over global batches."""
+def plain(recipe: Recipe, edit: Callable[[torch.nn.Module, torch.optim.Optimizer, int], None] | None = None) -> Plain:
+    """Run the recipe as a plain loop over global batches; ``edit(model, optimizer, step)`` follows each step."""
     model = Branches()
     trainable = [param for param in model.parameters() if param.requires_grad]
     optimizer = recipe.optimizer(trainable)
@@ -106,7 +108,11 @@ def plain(recipe: Recipe) -> Plain:
             torch.nn.utils.clip_grad_norm_(trainable, recipe.clip)
         if step != recipe.overflow:
             optimizer.step()
-        result.parameters.append({name: param.detach().clone() for name, param in model.named_parameters()})
+        named = dict(model.named_parameters())
+        result.parameters.append({name: param.detach().clone() for name, param in named.items()})
+        result.gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        if edit is not None:
+            edit(model, optimizer, step)
     return result
 
 
@@ -184,3 +190,22 @@ def whole(states: Sequence[Snapshot]) -> MemoryReader:
 def parameters_of(reader: MemoryReader) -> Parameters:
     """Return the model's part of a state."""
     return {name[6:]: tensor for name, tensor in reader.whole.items() if name.startswith("model/")}
+
+
+def first_half(index: int) -> bool:
+    """Take the branch in the first micro-batch only: on one rank, and not in its last micro-batch."""
+    return index == 0
+
+
+def check(expected: Plain, traces: list[Trace], recipe: Recipe) -> None:
+    """Assert that what the ranks did is what the plain loop did."""
+    share = recipe.accumulation
+    for rank, trace in enumerate(traces):
+        assert trace.applied == [step != recipe.overflow for step in range(recipe.steps)]
+        wanted = [loss for losses in expected.losses for loss in losses[rank * share : (rank + 1) * share]]
+        assert trace.losses == pytest.approx(wanted, rel=1e-4), f"losses on rank {rank}"
+        for step in range(recipe.steps):
+            if step != recipe.overflow:
+                assert trace.norms[step] == pytest.approx(expected.norms[step], rel=1e-4), f"norm of step {step}"
+    for step in range(recipe.steps):
+        close_to(parameters_of(whole([trace.states[step] for trace in traces])), expected.parameters[step])
