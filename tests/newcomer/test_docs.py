@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-TEACHING = ["README.md", *(f"docs/{name}.md" for name in ("checkpoints", "configuration", "hooks", "plugins"))]
+TEACHING = ["README.md", *(f"docs/{name}.md" for name in ("access", "checkpoints", "configuration", "hooks", "plugins"))]
 """The pages that have examples to run."""
 
 DRIVER = """
