@@ -43,6 +43,7 @@ bench: $(READY) $(PEERS)/.ready
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/engine_overhead.py
 	@$(BIN)/python benchmarks/checkpoint_async.py
+	@$(BIN)/python benchmarks/zero.py --precision fp32 --accumulation 1
 
 clean:
 	rm -rf $(VENV) .peers

@@ -91,9 +91,7 @@ def render(setting: Setting, runs: Sequence[Run]) -> str:
     bound = next((row for row in rows if row.contender == "bound"), None)
     lines = [
         f"{setting}: {count:,} parameters, {tokens_a_step(setting)} tokens a step",
-        HEAD.format(
-            "contender", "tokens/s", "(rounds)", "of bound", "peak RSS", "bytes/parameter", "last loss", "deviation"
-        ),
+        HEAD.format("contender", "tokens/s", "rounds", "of bound", "peak RSS", "bytes/param", "last loss", "deviation"),
         HEAD.format("", "median", "min - max", "", "MB", "update / after", "", "").rstrip(),
     ]
     for row in rows:
