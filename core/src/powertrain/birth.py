@@ -42,6 +42,8 @@ class Birth:
 
     def __init__(self) -> None:
         self.weights: Weights | None = None
+        # Transforms may rename what they wrap: weights know a parameter by the name that it had before.
+        self._names: dict[int, tuple[torch.Tensor, str]] = {}
 
     @torch.no_grad()
     def fill(self, name: str, param: torch.Tensor, target: torch.Tensor, start: int = 0) -> None:
@@ -59,8 +61,12 @@ class Birth:
         Raises:
             BirthError: it is on the meta device, and neither recorded nor in the weights.
         """
-        if self.weights is not None and self.weights.covers(name):
-            self.weights.fill(name, target, start)
+        if target.is_meta:  # a device without memory, for planning
+            return
+        known, first_name = self._names.get(id(param), (None, name))
+        weights_name = first_name if known is param else name
+        if self.weights is not None and self.weights.covers(weights_name):
+            self.weights.fill(weights_name, target, start)
             return
         value = param.detach()
         if value.is_meta:
@@ -84,21 +90,22 @@ class Birth:
 
     def make(self, name: str, param: torch.nn.Parameter, device: torch.device) -> None:
         """Give a parameter on the meta device all of its first value, in place; leave a real one alone."""
-        if param.is_meta:
+        if _lacks(param, device):
             settle(param, self.whole(name, param, device))
 
     # --- a whole model, before anyone owns its parameters ---------------------------------
 
-    def check(self, model: torch.nn.Module) -> None:
-        """Refuse tensors whose first value cannot be known.
+    def check(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Refuse tensors whose first value cannot be known; remember the names of the others.
 
         Raises:
             BirthError: with the names of the first ten.
         """
+        self._names = {id(param): (param, name) for name, param in model.named_parameters()}
         lost = [
             name
             for name, tensor in _named(model)
-            if tensor.is_meta and entry_of(tensor) is None and not (self.weights and self.weights.covers(name))
+            if _lacks(tensor, device) and entry_of(tensor) is None and not (self.weights and self.weights.covers(name))
         ]
         if lost:
             raise _lost(lost)
@@ -125,7 +132,7 @@ class Birth:
 
     def place(self, model: torch.nn.Module, device: torch.device) -> None:
         """Make the model's buffers, and move to the device what is real; parameters may stay on the meta device."""
-        if not any(tensor.is_meta for _, tensor in _named(model)) and not _tapes(model):
+        if device.type == "meta" or (not any(tensor.is_meta for _, tensor in _named(model)) and not _tapes(model)):
             model.to(device)
         else:
             self._make_buffers(model, device)
@@ -145,28 +152,29 @@ class Birth:
                         made[id(buffer)] = self.whole(f"{prefix}.{name}" if prefix else name, buffer, device)
                     setattr(module, name, made[id(buffer)])
 
+    def finish(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        """See that nothing is left on the meta device when the engine is ready, and let go of the weights.
 
-def check_made(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a model of which something is still on the meta device when the engine is ready.
-
-    Raises:
-        BirthError: with the names of the first ten.
-    """
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.is_meta:
-                raise BirthError(
-                    f"the optimizer {type(optimizer).__name__} made its state of parameters that had no memory yet",
-                    where=str(key),
-                    remedy="choose one that makes its state in the first step, or build the model as usual",
-                )
-    left = [name for name, tensor in _named(model) if tensor.is_meta]
-    if left:
-        raise BirthError(
-            f"{len(left)} of the model's tensors are still on the meta device",
-            where=_some(left),
-            remedy="whoever wraps the optimizer or transforms the model must make parameters through context.birth",
-        )
+        Raises:
+            BirthError: with the names of the first ten.
+        """
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and _lacks(value, device):
+                    raise BirthError(
+                        f"the optimizer {type(optimizer).__name__} made its state of parameters that had no memory yet",
+                        where=str(key),
+                        remedy="choose one that makes its state in the first step, or build the model as usual",
+                    )
+        left = [name for name, tensor in _named(model) if _lacks(tensor, device)]
+        if left:
+            raise BirthError(
+                f"{len(left)} of the model's tensors are still on the meta device",
+                where=_some(left),
+                remedy="what wraps the optimizer or transforms the model must make parameters through context.birth",
+            )
+        self.weights = None
+        self._names = {}
 
 
 def settle(param: torch.nn.Parameter, value: torch.Tensor) -> None:
@@ -178,7 +186,9 @@ def settle(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     if not param.is_meta or value.is_meta:
         param.data = value
         return
-    new = torch.nn.Parameter(value, requires_grad=param.requires_grad)
+    new = torch.nn.Parameter(torch.empty(0, dtype=value.dtype, device=value.device), requires_grad=param.requires_grad)
+    # Given as data, a view of a buffer does not count writes into the rest of the buffer as its own.
+    new.data = value
     new.__class__ = type(param)
     new.__dict__.update(param.__dict__)
     try:
@@ -189,6 +199,11 @@ def settle(param: torch.nn.Parameter, value: torch.Tensor) -> None:
             found=str(error).splitlines()[0],
             remedy="take no weak reference to parameters, and run no backward pass, before powertrain.initialize",
         ) from error
+
+
+def _lacks(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Return whether a tensor still has to get memory; on the meta device itself, which plans runs, none has."""
+    return tensor.is_meta and device.type != "meta"
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

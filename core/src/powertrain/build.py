@@ -14,7 +14,6 @@ import torch
 from powertrain import access, optimizers, random_state, saved, schedule
 from powertrain import config as configuration
 from powertrain.accumulation import Accumulation
-from powertrain.birth import check_made
 from powertrain.call import ModelCall
 from powertrain.config import BatchSizes, Config
 from powertrain.context import Context
@@ -40,6 +39,7 @@ from powertrain.roles.communicator import Communicator, SingleProcess
 from powertrain.roles.optimizer import OptimizerWrapper
 from powertrain.sampling import EpochSampler, Loader
 from powertrain.selection import select
+from powertrain.weights import ModelWeights
 
 _log = logging.getLogger("powertrain")
 
@@ -55,13 +55,15 @@ def initialize(
     collate_fn: Callable[..., Any] | None = None,
     *,
     scheduler: Any = None,
+    weights: str | os.PathLike[str] | None = None,
     plugins: Sequence[Plugin[Any]] = (),
     overrides: Sequence[str] = (),
 ) -> Engine:
     """Make an engine that trains ``model``.
 
     Args:
-        model: any module; it is moved to the device and converted in place.
+        model: any module; it is moved to the device and converted in place. One that was
+            built in ``powertrain.deferred()`` gets its first values here, each rank those that it keeps.
         config: a TOML file's path, a mapping of the same shape, or None for the defaults.
         dataset: a map-style dataset; ``engine.loader`` then yields its batches.
         loss_fn: makes the loss where the model does not return it (see ``ModelCall``).
@@ -70,11 +72,15 @@ def initialize(
         collate_fn: makes a batch of a list of samples, as in torch's DataLoader.
         scheduler: a torch scheduler on ``optimizer``, or a function that makes one
             of an optimizer, in place of ``[scheduler]``.
+        weights: the model's first values: a directory of safetensors files as model
+            libraries write it, or one such file. Each rank reads what it keeps.
         plugins: ready plugin objects that act before those of the configuration.
         overrides: ``"batch.micro=4"`` strings that win over the configuration.
 
     Raises:
         ConfigError: with every problem of the configuration.
+        BirthError: a parameter is on the meta device, and nothing tells its first value.
+        CheckpointMismatch: ``weights`` are of another model.
         PowertrainError: a plugin, device or peer that the configuration needs is not there.
     """
     rank = Rank.from_environment()
@@ -102,6 +108,7 @@ def initialize(
         return _build(
             model, settings, batch, hooks, accelerator, device, mesh, communicator, rank,
             dataset=dataset, loss_fn=loss_fn, optimizer=optimizer, collate_fn=collate_fn, scheduler=scheduler,
+            weights=weights,
         )  # fmt: skip
     except BaseException as error:
         communicator.report(error)
@@ -125,6 +132,7 @@ def _build(
     optimizer: OptimizerLike | None,
     collate_fn: Callable[..., Any] | None,
     scheduler: Any,
+    weights: str | os.PathLike[str] | None,
 ) -> Engine:
     """Put the parts together once the ranks are connected."""
     agree_on_config(settings, communicator)
@@ -142,7 +150,11 @@ def _build(
     if settings.checkpoint.every is not None:
         saved.open_store(context, saved.checkpoint_uri(settings, None)).close()  # refused now, not hours later
     random_state.seed_all(context, settings.run.seed)
-    context.birth.check(model)
+    if weights is not None:
+        found = ModelWeights(model, saved.open_weights(context, weights))
+        context.birth.weights = found
+        _log.info("weights from %s", found.report)
+    context.birth.check(model, device)
     context.birth.agree(model, communicator)
     context.birth.place(model, device)
     broadcast_from_first(model, communicator)
@@ -153,7 +165,7 @@ def _build(
     inner = make_optimizer(model, optimizer, settings, hooks)
     wrapper: OptimizerWrapper | None = hooks.one("wrap_optimizer", model=model, optimizer=inner, context=context)
     wrapper = wrapper or ReplicatedOptimizer(model, inner, context)
-    check_made(model, wrapper.optimizer)
+    context.birth.finish(model, wrapper.optimizer, device)
     access.adopt(model, wrapper, communicator)
     engine = Engine(
         module=model,

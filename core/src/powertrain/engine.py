@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from powertrain import access, nest, saved
+from powertrain import access, nest, saved, weights
 from powertrain.call import ModelCall, checked_loss
 from powertrain.context import Context
 from powertrain.errors import EngineError
@@ -326,6 +327,27 @@ class Engine:
             store = self._store(directory)
             self._announce(store, store.wait())
             return saved.restore(self, store.open(tag))
+
+    def load_weights(self, path: str | os.PathLike[str], strict: bool = True) -> weights.WeightsReport:
+        """Give the model the values of a directory of safetensors files, or of one file, on every rank.
+
+        Optimizer state, steps and random generators stay as they are; a half-done
+        accumulation is dropped. Each rank reads what it keeps.
+
+        Args:
+            path: as model libraries write it, with or without an index.
+            strict: refuse names that the model or the files lack; otherwise what matches is loaded.
+
+        Raises:
+            CheckpointMismatch: names or shapes differ; nothing was loaded.
+            CheckpointMissing, ShardMissing, ShardTruncated, ShardCorrupt: nothing was loaded.
+        """
+        with self._guard():
+            self.optimizer_wrapper.discard()
+            self._micro_batches = 0
+            report = weights.load(self, saved.open_weights(self.context, path), strict=strict)
+            _log.info("weights from %s", report)
+            return report
 
     def _store(self, directory: str | None) -> CheckpointStore:
         uri = saved.checkpoint_uri(self.context.config, directory)

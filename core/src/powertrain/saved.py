@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,19 @@ def open_store(context: Context, uri: str) -> CheckpointStore:
             "no plugin keeps checkpoints in this place", where=uri, remedy="pip install powertrain-checkpoint"
         )
     return store
+
+
+def open_weights(context: Context, path: str | os.PathLike[str]) -> CheckpointReader:
+    """Open the plain weights at ``path``; the reader needs no closing.
+
+    Raises:
+        CheckpointError: no plugin reads them, they are not there, or damaged.
+    """
+    store = open_store(context, os.fspath(path))
+    try:
+        return store.open_weights()
+    finally:
+        store.close()
 
 
 def _buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

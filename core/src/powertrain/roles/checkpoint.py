@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import torch
 
+from powertrain.errors import CheckpointError
 from powertrain.layout import Box, boxes
 
 
@@ -146,6 +147,21 @@ class CheckpointStore(ABC):
             CheckpointMissing: there is none.
             ManifestMissing, ShardMissing, ShardTruncated, ShardCorrupt: it is damaged.
         """
+
+    def open_weights(self) -> CheckpointReader:
+        """Open what the store's place holds as plain weights, in a format of model libraries, that no run has saved.
+
+        The reader's tensors are called ``model/<name>``. Its ``read`` is local: each rank
+        reads what it needs, when it needs it, and only that.
+
+        Raises:
+            CheckpointMissing: there are none.
+            ShardMissing, ShardTruncated, ShardCorrupt: a file is damaged.
+            CheckpointError: the store reads no such files.
+        """
+        raise CheckpointError(
+            f"{type(self).__name__} reads no plain weights", remedy="give a path: weights=DIRECTORY reads safetensors"
+        )
 
     @abstractmethod
     def prune(self, keep: int, pattern: str = ".*") -> None:

@@ -18,7 +18,7 @@ import torch
 from powertrain.errors import CheckpointError, CheckpointWriteFailed
 from powertrain.mesh import WORLD
 from powertrain.roles.checkpoint import CheckpointStore, Snapshot
-from powertrain_checkpoint import directory, manifest
+from powertrain_checkpoint import directory, library, manifest
 from powertrain_checkpoint.background import Background
 from powertrain_checkpoint.directory import Workplace
 from powertrain_checkpoint.manifest import Manifest
@@ -28,6 +28,7 @@ from powertrain_checkpoint.saving import Patience, Save
 from powertrain_checkpoint.shard import check_size
 from powertrain_checkpoint.staging import Staging, in_place
 from powertrain_checkpoint.verdict import together
+from powertrain_checkpoint.weights import WeightsReader
 
 if TYPE_CHECKING:
     from powertrain.roles.accelerator import Accelerator
@@ -257,6 +258,27 @@ class DirectoryStore(CheckpointStore):
                 remedy="all ranks must see the same directory, and nobody may save into it meanwhile",
             )
         return DirectoryReader(path, found, self._communicator)
+
+    def open_weights(self) -> WeightsReader:
+        """Open the directory, or file, as safetensors that a model library wrote.
+
+        Each rank looks at all headers; what is read later is local.
+
+        Raises:
+            CheckpointMissing: there are none.
+            ShardMissing, ShardTruncated, ShardCorrupt: a file is damaged; on every rank.
+            CheckpointError: the ranks see different files.
+        """
+        found, identities = together(
+            self._communicator, "weights open", lambda: library.load(self._root), lambda found: found.identity
+        )
+        if len(set(identities)) > 1:
+            raise CheckpointError(
+                f"ranks see different weights as {self._root.name}",
+                where=str(self._root),
+                remedy="give every rank the same files",
+            )
+        return WeightsReader(found)
 
     def prune(self, keep: int, pattern: str = ".*") -> None:
         """Delete all but the newest ``keep`` (at least 1) of the complete checkpoints whose tag matches ``pattern``."""
