@@ -51,9 +51,12 @@ class Segment:
         return shard[self.offset : self.offset + self.master.numel()].view(self.master.shape)
 
     def slice(self, prefix: str, tensor: torch.Tensor) -> TensorSlice:
-        """Return ``tensor`` (of the master's shape, or a scalar) as a slice of a global one."""
-        if tensor.ndim == 0:
-            return TensorSlice(prefix, (), tensor.detach().reshape(-1))
+        """Return ``tensor`` as a slice of a global one.
+
+        What has not the master's shape (a step count, a factored moment of a whole tensor) is a global tensor itself.
+        """
+        if tensor.shape != self.master.shape:
+            return TensorSlice(prefix, tuple(tensor.shape), tensor.detach().reshape(-1))
         return TensorSlice(prefix, self.shape, tensor.detach().reshape(-1), self.start)
 
 

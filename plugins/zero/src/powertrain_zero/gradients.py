@@ -67,6 +67,7 @@ class FlatGradients:
 
     Attributes:
         used: for each parameter, whether it got a gradient in this step on this rank.
+        anywhere: the same on any rank, once the ranks have agreed.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class FlatGradients:
     ) -> None:
         self.flat = flat
         self.used = [False] * len(flat.named)
+        self.anywhere = [False] * len(flat.named)
         self._groups = groups
         self._communicator = communicator
         self._wire = wire
@@ -97,6 +99,7 @@ class FlatGradients:
         self._missing = len(flat.named)
         self._arrived = [False] * len(flat.named)
         self._flight: tuple[Handle, torch.Tensor] | None = None
+        self._crossing: Handle | None = None
         self._begun = False  # the shard holds a part of this step
         pool.fit(flat.numel)
 
@@ -140,8 +143,8 @@ class FlatGradients:
         """Take the gradient of parameter ``index``."""
         if self._open is None:
             # What a whole buffer holds of a step that was reduced already is not to be added again.
-            fresh = self._whole is not None and not self._begun and self._flight is None
-            self._open = self._whole if fresh else self._borrow()
+            fresh = not self._begun and self._flight is None
+            self._open = self._whole if fresh and self._whole is not None else self._borrow()
             self._filled = [False] * len(self._filled)
         view = self.flat.view(self._open, index)
         if self._filled[index]:
@@ -186,6 +189,9 @@ class FlatGradients:
 
     def settle(self) -> None:
         """Wait for the reduction under way, and add its result to the shard."""
+        if self._crossing is not None:
+            self._crossing.wait()
+            self._crossing = None
         if self._flight is None:
             return
         handle, buffer = self._flight
@@ -206,9 +212,9 @@ class FlatGradients:
             self._pool.give_back(self._open)
         self._open = None
 
-    def across(self) -> Handle | None:
-        """Start the averaging over replicas of the settled shard."""
-        if self._groups.replica is None:
-            return None
+    def across(self) -> None:
+        """Start the averaging of the shard over replicas; its reduction is awaited first."""
+        self.settle()
+        assert self._groups.replica is not None
         label = f"gradients of {self.flat.named[0][0]} … across replicas"
-        return self._communicator.all_reduce(self.shard, self._groups.replica, reduction="mean", label=label)
+        self._crossing = self._communicator.all_reduce(self.shard, self._groups.replica, reduction="mean", label=label)

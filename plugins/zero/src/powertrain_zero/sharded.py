@@ -23,8 +23,11 @@ from powertrain_zero.flat import ALIGN, Flat, Segment
 from powertrain_zero.flow import Flow
 from powertrain_zero.generation import serve_generation
 from powertrain_zero.gradients import BufferPool, FlatGradients
-from powertrain_zero.groups import Groups
+from powertrain_zero.groups import Groups, hops
 from powertrain_zero.passes import Ballot
+from powertrain_zero.quantize import BLOCK, Blockwise
+from powertrain_zero.quantized_reduce import QuantizedReduce
+from powertrain_zero.quantized_wire import QuantizedGather
 from powertrain_zero.saved import SavedState
 from powertrain_zero.timeline import Cursor, Step
 from powertrain_zero.unit import Unit
@@ -56,8 +59,8 @@ class ShardedOptimizer(OptimizerWrapper):
         if self.stage < 3:
             plans = plan_buckets(model, config.bucket)
         self._first = True
-        self._last = True
         self._round_open = False
+        self._flushed = False
         self._flights: deque[FlatGradients] = deque()
         self._pool = BufferPool(self._communicator, self.groups.shard, context.recipe.reduce)
         self._whole_tensors = granularity_of(optimizer) != "element"
@@ -96,8 +99,18 @@ class ShardedOptimizer(OptimizerWrapper):
     # --- construction -----------------------------------------------------------------
 
     def _wires(self, config: ZeroConfig) -> tuple[GatherWire, ReduceWire, int]:
+        """Return how parameters and gradients travel, and of what a slice's length is a multiple."""
         communicator, shard = self._communicator, self.groups.shard
-        return PlainGather(communicator, shard), PlainReduce(communicator, shard), ALIGN
+        gather: GatherWire = PlainGather(communicator, shard)
+        reduce: ReduceWire = PlainReduce(communicator, shard)
+        if self.groups.shards == 1:
+            return gather, reduce, ALIGN  # nothing travels
+        if config.gather is not None:
+            gather = QuantizedGather(communicator, shard, Blockwise(8))
+        if config.reduce is not None:
+            nodes = hops(config, self.groups, communicator, self._context.rank.local_size)
+            reduce = QuantizedReduce(communicator, nodes, Blockwise(8 if config.reduce == "int8" else 4))
+        return gather, reduce, ALIGN if config.gather is None and config.reduce is None else BLOCK
 
     def _make_unit(self, plan: UnitPlan) -> Unit:
         """Give a unit its memory."""
@@ -141,6 +154,7 @@ class ShardedOptimizer(OptimizerWrapper):
     def begin(self, *, last: bool, once: bool = False) -> None:
         """Prepare for a micro-batch: before stage 2 only the last one's gradients travel."""
         self._end_round()
+        self._flushed = False
         for unit in self.units:
             for gradients in unit.gradients:
                 gradients.begin(first=self._first)
@@ -176,7 +190,7 @@ class ShardedOptimizer(OptimizerWrapper):
         """Send the rest, and agree on which parameters got a gradient anywhere, and what came late."""
         if self._round_open:
             self._end_round()
-        if self._updater.used is not None:
+        if self._flushed:
             return
         gradients = [part for unit in self.units for part in unit.gradients]
         flags = [float(used) for part in gradients for used in part.used]
@@ -187,7 +201,12 @@ class ShardedOptimizer(OptimizerWrapper):
             if flag:
                 part.send()
         used = iter(agreed)
-        self._updater.used = [[next(used) > 0 for _ in part.used] for part in gradients]
+        for part in gradients:
+            part.anywhere = [next(used) > 0 for _ in part.used]
+        if self.groups.replica is not None:
+            for part in gradients:
+                part.across()
+        self._flushed = True
 
     def _agree(self, flags: list[float]) -> list[float]:
         """Return the largest of each flag over all data ranks."""
@@ -207,7 +226,7 @@ class ShardedOptimizer(OptimizerWrapper):
         for unit in self.units:
             for gradients in unit.gradients:
                 gradients.drop()
-        self._updater.used = None
+        self._flushed = False
         self._first = True
 
     # --- the update ---------------------------------------------------------------------
@@ -218,14 +237,9 @@ class ShardedOptimizer(OptimizerWrapper):
         self.flush()
         if self._flow is not None:
             self._flow.reset()
-        handles: list[Handle | None] = []
         for unit in self.units:
             for gradients in unit.gradients:
                 gradients.settle()
-                handles.append(gradients.across())
-        for handle in handles:
-            if handle is not None:
-                handle.wait()
         self._first = True
         return self._updater.step(self.publish_unit, grad_scale=grad_scale, clip=clip, check_overflow=check_overflow)
 
@@ -251,24 +265,26 @@ class ShardedOptimizer(OptimizerWrapper):
         """Return this rank's slices of a parameter, its gradient and its optimizer state."""
         unit, flat, index = self._home[param]
         segment = next((segment for segment in flat.segments if segment.index == index), None)
+        name, shape = flat.named[index][0], tuple(flat.layout.entries[index].shape)
+        gradients = self._reduced(unit, flat, index)
         if segment is None:
-            name, shape = flat.named[index][0], tuple(flat.layout.entries[index].shape)
-            return {"value": TensorSlice(name, shape, flat.shard[:0])}
-        name = segment.name
+            nothing = {"value": TensorSlice(name, shape, flat.shard[:0])}
+            return nothing if gradients is None else nothing | {"grad": TensorSlice(name, shape, gradients.shard[:0])}
         result = {"value": segment.slice(name, segment.master)}
-        grad = self._gradient(unit, flat, segment)
-        if grad is not None:
-            result["grad"] = segment.slice(name, grad)
+        if gradients is not None:
+            result["grad"] = segment.slice(name, segment.of(gradients.shard))
         for key, value in self.optimizer.state.get(segment.master, {}).items():
             if isinstance(value, torch.Tensor):
                 result[f"optimizer/{key}"] = segment.slice(name, value)
         return result
 
-    def _gradient(self, unit: Unit, flat: Flat, segment: Segment) -> torch.Tensor | None:
+    def _reduced(self, unit: Unit, flat: Flat, index: int) -> FlatGradients | None:
+        """Return the reduced gradients of a flat, if the ranks have agreed that there is one of this parameter."""
         gradients = next((part for part in unit.gradients if part.flat is flat), None)
-        if gradients is None or segment.master.grad is None:
+        if gradients is None or not self._flushed or not gradients.anywhere[index]:
             return None
-        return segment.master.grad
+        gradients.settle()
+        return gradients
 
     def gathered(self, params: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:
         """Return a context in which ``params`` are whole."""
@@ -281,9 +297,10 @@ class ShardedOptimizer(OptimizerWrapper):
             unit.hold()
         try:
             yield
+        finally:
+            # Also after an exception: what was written is there, and ranks must not differ in it.
             if write:
                 self._take_back(params, units)
-        finally:
             for unit in units:
                 unit.let_go()
 

@@ -22,6 +22,9 @@ ROOT = "(root)"
 
 Named = tuple[str, torch.nn.Parameter]
 
+_LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
+"""Modules that are never called themselves."""
+
 
 @attrs.frozen(eq=False)
 class UnitPlan:
@@ -78,8 +81,9 @@ def plan_units(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -
         members[place].append((name, param))
     plans = []
     if members[-1]:
-        paths = dict.fromkeys(path for _, param in members[-1] for path in holders[param])
-        plans.append(UnitPlan(ROOT, ("", *(path for path in paths if path)), tuple(members[-1]), whole_pass=True))
+        users_of_root = dict.fromkeys(path for _, param in members[-1] for path in holders[param])
+        root_paths = ("", *(path for path in users_of_root if path))
+        plans.append(UnitPlan(ROOT, root_paths, tuple(members[-1]), whole_pass=True))
     for number, paths in enumerate(groups):
         if members[number]:
             name = paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
@@ -92,10 +96,10 @@ def _groups(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -> l
     if unit is None:
         kind = repeated_block(model)
         return [] if kind is None else [[path] for path in _outermost(model, kind)]
-    if isinstance(unit, bool) or not isinstance(unit, (str, int)):
-        return [[path] for path in _by_path(model, list(unit))]
     if isinstance(unit, int):
         return list(_by_size(model, unit))
+    if not isinstance(unit, str):
+        return [[path] for path in _by_path(model, list(unit))]
     paths = [path for path, module in model.named_modules() if type(module).__name__ == unit and path]
     if not paths:
         classes = Counter(type(module).__name__ for path, module in model.named_modules() if path)
@@ -114,8 +118,7 @@ def repeated_block(model: torch.nn.Module) -> type[torch.nn.Module] | None:
     """Return the class of the model's repeated block: of the outermost lists of modules, that with most parameters."""
     weights: Counter[type[torch.nn.Module]] = Counter()
     for _, container in _lists(model, ""):
-        kinds = Counter(type(child) for child in container.children())
-        for kind, count in kinds.items():
+        for kind, count in _kinds(container).items():
             if count > 1:
                 weights[kind] += sum(
                     param.numel()
@@ -129,12 +132,17 @@ def repeated_block(model: torch.nn.Module) -> type[torch.nn.Module] | None:
 
 def _lists(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield lists of modules that are in no other list."""
-    repeats = any(count > 1 for count in Counter(type(child) for child in module.children()).values())
-    if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)) and repeats:
+    repeats = any(count > 1 for count in _kinds(module).values())
+    if isinstance(module, (*_LISTS, torch.nn.Sequential)) and repeats:
         yield path, module
         return
     for name, child in module.named_children():
         yield from _lists(child, f"{path}.{name}" if path else name)
+
+
+def _kinds(module: torch.nn.Module) -> Counter[type[torch.nn.Module]]:
+    """Count the classes of a module's children, lists excepted."""
+    return Counter(type(child) for child in module.children() if not isinstance(child, _LISTS))
 
 
 def _outermost(model: torch.nn.Module, kind: type[torch.nn.Module]) -> Iterator[str]:
@@ -163,6 +171,14 @@ def _by_path(model: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
                 found=repr(pattern),
                 remedy="name one of these paths; a star stands for one component",
             )
+        if lists := [path for path in found if isinstance(model.get_submodule(path), _LISTS)]:
+            raise ShardingError(
+                f"{lists[0]} is a list of modules, which is never called itself",
+                where="zero.unit",
+                expected="modules with a forward of their own",
+                found=repr(pattern),
+                remedy=f'write "{lists[0]}.*" for each of its members',
+            )
         chosen.update(found)
     return [path for path in paths if path in chosen]
 
@@ -185,10 +201,9 @@ def _pieces(module: torch.nn.Module, path: str, limit: int) -> Iterator[tuple[st
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         numel = sum(param.numel() for param in child.parameters())
-        callable_ = type(child).forward is not torch.nn.Module.forward and not isinstance(child, torch.nn.ModuleList)
         if numel == 0:
             continue
-        if callable_ and (numel <= limit or not any(True for _ in child.children())):
+        if not isinstance(child, _LISTS) and (numel <= limit or not any(True for _ in child.children())):
             yield below, numel
         else:
             yield from _pieces(child, below, limit)

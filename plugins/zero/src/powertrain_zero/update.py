@@ -25,16 +25,11 @@ class Updater:
             parameters; a group that has none on this rank stays, empty.
         groups: over which ranks state is sharded.
         context: the run.
-
-    Attributes:
-        used: for each trainable flat and parameter, whether any rank has a gradient
-            in this step; None until the ranks have agreed.
     """
 
     def __init__(
         self, units: Sequence[Unit], optimizer: torch.optim.Optimizer, groups: Groups, context: Context
     ) -> None:
-        self.used: list[list[bool]] | None = None
         self._units = list(units)
         self._optimizer = optimizer
         self._groups = groups
@@ -107,15 +102,12 @@ class Updater:
 
     def _deliver(self) -> list[torch.nn.Parameter]:
         """Put the mean gradients where the optimizer looks for them; return the masters that have one."""
-        assert self.used is not None
         masters = []
-        parts = [part for unit in self._units for part in unit.gradients]
-        for part, used in zip(parts, self.used, strict=True):
+        for part in (part for unit in self._units for part in unit.gradients):
             for segment in part.flat.segments:
-                segment.master.grad = _gradient(part, segment) if used[segment.index] else None
+                segment.master.grad = _gradient(part, segment) if part.anywhere[segment.index] else None
                 if segment.master.grad is not None:
                     masters.append(segment.master)
-        self.used = None
         return masters
 
     def _norm(self, masters: Sequence[torch.nn.Parameter]) -> tuple[torch.Tensor, Handle]:

@@ -1,0 +1,107 @@
+"""How a model is cut into units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from powertrain.errors import ShardingError
+from powertrain_zero.units import ROOT, plan_buckets, plan_units
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(16))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.moe = Experts()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(8, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.token.weight
+
+
+def names(model: nn.Module, unit: object = None) -> list[str]:
+    return [plan.name for plan in plan_units(model, unit)]  # type: ignore[arg-type]
+
+
+def test_the_repeated_block_is_found_although_it_holds_longer_lists() -> None:
+    """Blocks of many experts are units, not the experts; what is left is the root, a tied weight once."""
+    plans = plan_units(Model(), None)
+    assert [plan.name for plan in plans] == [ROOT, "blocks.0", "blocks.1", "blocks.2"]
+    assert [name for name, _ in plans[0].params] == ["token.weight"]
+    assert plans[0].whole_pass
+    assert set(plans[0].paths) == {"", "token", "head"}
+    assert sum(plan.numel for plan in plans) == sum(p.numel() for p in Model().parameters())
+
+
+def test_encoder_and_decoder_blocks_are_units() -> None:
+    """Every instance of the repeated class is a unit, in whatever list it stands."""
+    model = nn.ModuleDict({side: nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for side in ("encoder", "decoder")})
+    assert names(model) == ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
+
+
+def test_a_model_without_repetition_is_one_unit() -> None:
+    """Where nothing repeats, all is the root."""
+    assert names(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.LayerNorm(3))) == [ROOT]
+
+
+def test_units_by_class_path_and_size() -> None:
+    """A class name takes all its instances, nested ones too; patterns name modules; a number cuts by size."""
+    assert len(names(Model(), "Linear")) == 1 + 48
+    assert names(Model(), ["blocks.*"]) == [ROOT, "blocks.0", "blocks.1", "blocks.2"]
+    nested = plan_units(Model(), ["blocks.1", "blocks.1.moe"])
+    assert [plan.name for plan in nested] == [ROOT, "blocks.1", "blocks.1.moe"]
+    assert [name for name, _ in nested[1].params] == ["blocks.1.norm.weight", "blocks.1.norm.bias"]
+    model = nn.Sequential(*(nn.Linear(10, 10, bias=False) for _ in range(5)))
+    assert [plan.numel for plan in plan_units(model, 250)] == [200, 200, 100]
+    assert [plan.paths for plan in plan_units(model, 250)] == [("0", "1"), ("2", "3"), ("4",)]
+    assert [plan.numel for plan in plan_units(model, 1)] == [100] * 5
+
+
+def test_a_weight_that_units_share_is_the_roots() -> None:
+    """A parameter used by two units is gathered while either may run."""
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model[2].weight = model[0].weight
+    plans = {plan.name: [name for name, _ in plan.params] for plan in plan_units(model, None)}
+    assert plans == {ROOT: ["0.weight"], "0": ["0.bias"], "1": ["1.weight", "1.bias"], "2": ["2.bias"]}
+
+
+@pytest.mark.parametrize(
+    ("unit", "says"),
+    [
+        ("Blok", "did you mean 'Block'"),
+        ("Blok", "Linear (49)"),
+        (["block.*"], "blocks.0"),
+        (["blocks.*", "blocks.7"], "'blocks.7'"),
+        (["hed"], "did you mean 'head'"),
+        (["blocks"], '"blocks.*"'),
+    ],
+)
+def test_a_unit_that_matches_nothing_lists_the_candidates(unit: object, says: str) -> None:
+    """The error shows what there is, and what was probably meant."""
+    with pytest.raises(ShardingError) as caught:
+        plan_units(Model(), unit)  # type: ignore[arg-type]
+    assert caught.value.code == "PT460"
+    assert says in str(caught.value)
+
+
+def test_buckets_are_runs_of_parameters() -> None:
+    """Stages 1 and 2 cut in the order of registration; a larger parameter stands alone; frozen ones count too."""
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(100, 10), nn.Linear(2, 2)).requires_grad_(True)
+    plans = plan_buckets(model, 120)
+    assert [[name for name, _ in plan.params] for plan in plans] == [
+        ["0.weight", "0.bias"], ["1.weight"], ["1.bias", "2.weight", "2.bias"]
+    ]  # fmt: skip
+    assert torch.tensor([plan.numel for plan in plans]).tolist() == [110, 1000, 16]
