@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-TEACHING = ["README.md", *(f"docs/{name}.md" for name in ("access", "checkpoints", "configuration", "hooks", "plugins"))]
+TAUGHT = ("access", "checkpoints", "configuration", "hooks", "plugins")
+TEACHING = ["README.md", *(f"docs/{name}.md" for name in TAUGHT)]
 """The pages that have examples to run."""
 
 DRIVER = """
