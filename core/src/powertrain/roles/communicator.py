@@ -63,7 +63,7 @@ class Handle(Protocol):
         """
 
     def done(self) -> bool:
-        """Return whether ``wait`` would return at once."""
+        """Return whether ``wait`` would return at once; False, until then, where only ``wait`` can find out."""
 
 
 class Done:

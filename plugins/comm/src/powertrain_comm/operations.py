@@ -23,11 +23,20 @@ class Group:
         ranks: the global ranks, in order of index.
         backend: the name of the library.
         device: where the tensors live.
+        rank: this process's global rank.
+
+    Attributes:
+        index: this process's place among ``ranks``.
+        pairwise: whether gather and reduce-scatter go faster as direct exchanges than by the library's own.
     """
 
-    def __init__(self, handle: dist.ProcessGroup, ranks: Sequence[int], backend: str, device: torch.device) -> None:
+    def __init__(
+        self, handle: dist.ProcessGroup, ranks: Sequence[int], backend: str, device: torch.device, rank: int
+    ) -> None:
         self.handle = handle
         self.ranks = tuple(ranks)
+        self.index = self.ranks.index(rank)
+        self.pairwise = backend == "gloo" and device.type == "cpu"
         self.averages = backend == "nccl"  # the others sum, and the handle divides
         self.device_ids = [device.index] if backend == "nccl" else None
 
@@ -44,47 +53,49 @@ class Group:
         return self.ranks[index]
 
 
-def _given(collective: Collective) -> torch.Tensor:
+def given(collective: Collective) -> torch.Tensor:
+    """Return the input of ``collective``, which must have one."""
     if collective.input is None:
         raise ValueError(f"{collective.operation} needs an input")
     return collective.input
 
 
-def _taken(collective: Collective) -> torch.Tensor:
+def taken(collective: Collective) -> torch.Tensor:
+    """Return the output of ``collective``, which must have one."""
     if collective.output is None:
         raise ValueError(f"{collective.operation} needs an output")
     return collective.output
 
 
 def _start_all_reduce(c: Collective, group: Group) -> Any:
-    return dist.all_reduce(_taken(c), group.reduce_op(c), group=group.handle, async_op=True)
+    return dist.all_reduce(taken(c), group.reduce_op(c), group=group.handle, async_op=True)
 
 
 def _start_all_gather(c: Collective, group: Group) -> Any:
-    return _all_gather(_taken(c).view(-1), _given(c).view(-1), group=group.handle, async_op=True)
+    return _all_gather(taken(c).view(-1), given(c).view(-1), group=group.handle, async_op=True)
 
 
 def _start_reduce_scatter(c: Collective, group: Group) -> Any:
     op = group.reduce_op(c)
-    return _reduce_scatter(_taken(c).view(-1), _given(c).view(-1), op, group=group.handle, async_op=True)
+    return _reduce_scatter(taken(c).view(-1), given(c).view(-1), op, group=group.handle, async_op=True)
 
 
 def _start_all_to_all(c: Collective, group: Group) -> Any:
-    taken = None if c.output_splits is None else list(c.output_splits)
-    given = None if c.input_splits is None else list(c.input_splits)
-    return dist.all_to_all_single(_taken(c), _given(c), taken, given, group=group.handle, async_op=True)
+    to_take = None if c.output_splits is None else list(c.output_splits)
+    to_give = None if c.input_splits is None else list(c.input_splits)
+    return dist.all_to_all_single(taken(c), given(c), to_take, to_give, group=group.handle, async_op=True)
 
 
 def _start_broadcast(c: Collective, group: Group) -> Any:
-    return dist.broadcast(_taken(c), group.global_rank(c.peer), group=group.handle, async_op=True)
+    return dist.broadcast(taken(c), group.global_rank(c.peer), group=group.handle, async_op=True)
 
 
 def _start_send(c: Collective, group: Group) -> Any:
-    return dist.isend(_given(c), group.global_rank(c.peer), group=group.handle)
+    return dist.isend(given(c), group.global_rank(c.peer), group=group.handle)
 
 
 def _start_receive(c: Collective, group: Group) -> Any:
-    return dist.irecv(_taken(c), group.global_rank(c.peer), group=group.handle)
+    return dist.irecv(taken(c), group.global_rank(c.peer), group=group.handle)
 
 
 def _start_barrier(c: Collective, group: Group) -> Any:
@@ -107,19 +118,19 @@ START: dict[str, Callable[[Collective, Group], Any]] = {
 def _together_all_reduce(parts: Sequence[Collective], group: Group) -> Any:
     options = dist.AllreduceCoalescedOptions()
     options.reduceOp = group.reduce_op(parts[0])
-    return group.handle.allreduce_coalesced([_taken(part) for part in parts], options)
+    return group.handle.allreduce_coalesced([taken(part) for part in parts], options)
 
 
 def _together_all_gather(parts: Sequence[Collective], group: Group) -> Any:
-    outputs = [_taken(part).view(-1) for part in parts]
-    return group.handle.allgather_into_tensor_coalesced(outputs, [_given(part).view(-1) for part in parts])
+    outputs = [taken(part).view(-1) for part in parts]
+    return group.handle.allgather_into_tensor_coalesced(outputs, [given(part).view(-1) for part in parts])
 
 
 def _together_reduce_scatter(parts: Sequence[Collective], group: Group) -> Any:
     options = dist.ReduceScatterOptions()
     options.reduceOp = group.reduce_op(parts[0])
-    outputs = [_taken(part).view(-1) for part in parts]
-    return group.handle.reduce_scatter_tensor_coalesced(outputs, [_given(part).view(-1) for part in parts], options)
+    outputs = [taken(part).view(-1) for part in parts]
+    return group.handle.reduce_scatter_tensor_coalesced(outputs, [given(part).view(-1) for part in parts], options)
 
 
 START_TOGETHER: dict[str, Callable[[Sequence[Collective], Group], Any]] = {

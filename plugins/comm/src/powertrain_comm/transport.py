@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from powertrain.errors import CollectiveStalled, CommunicationError, PeerFailed, ShardingError
+from powertrain.errors import ShardingError
 from powertrain.mesh import DIMENSIONS, WORLD, Mesh
 from powertrain.roles.communicator import Collective, Communicator, Done, Handle, Handles
+from powertrain_comm.failures import explain
 from powertrain_comm.operations import START, START_TOGETHER, Group
+from powertrain_comm.pairwise import Pairwise
 from powertrain_comm.rendezvous import join
 
 if TYPE_CHECKING:
     from powertrain.environment import Rank
-
-LOST = ("connection closed", "connection reset", "broken pipe", "socket closed", "remote process exited")
-LATE = ("timed out", "timeout")
 
 
 class TorchHandle:
@@ -77,20 +76,6 @@ class TorchHandle:
         return self._passed is None or bool(self._passed.query())
 
 
-def explain(error: Exception, collective: Collective, rank: int) -> CommunicationError:
-    """Return the error of ours that says which collective failed, and as far as torch tells why."""
-    text = str(error)
-    low = text.lower()
-    what = collective.operation + (f" of {collective.label!r}" if collective.label else "")
-    where = f"rank {rank}, along {collective.dimension!r}"
-    found = text.splitlines()[0] if text else type(error).__name__
-    if any(sign in low for sign in LOST):
-        return PeerFailed(f"{what} lost the connection to another rank", where=where, found=found)
-    if any(sign in low for sign in LATE):
-        return CollectiveStalled(f"{what} did not finish in time", where=where, found=found)
-    return CommunicationError(f"{what} failed", where=where, found=found)
-
-
 class TorchCommunicator(Communicator):
     """Ranks connected by torch.distributed, with one process group per mesh dimension.
 
@@ -110,6 +95,7 @@ class TorchCommunicator(Communicator):
         self.device = device
         self.backend = backend
         self._lease, fresh = join(backend, rank, timeout)
+        self._pairwise = Pairwise(mesh.rank)
         self._made: list[dist.ProcessGroup] = []
         self._timeout = timedelta(seconds=timeout)
         self._groups = self._make_groups(reuse_world=fresh)
@@ -121,7 +107,7 @@ class TorchCommunicator(Communicator):
         everyone = self.mesh.peers(WORLD)
         world = dist.group.WORLD if reuse_world else self._new_group(everyone)
         assert world is not None
-        groups: dict[str, Group | None] = {WORLD: Group(world, everyone, self.backend, self.device)}
+        groups: dict[str, Group | None] = {WORLD: Group(world, everyone, self.backend, self.device, self.rank)}
         for dimension in DIMENSIONS:
             groups[dimension] = self._connect(dimension, groups[WORLD])
         return groups
@@ -134,7 +120,7 @@ class TorchCommunicator(Communicator):
         if whole is not None and len(mine) == len(whole.ranks):
             return whole
         made = {ranks: self._new_group(ranks) for ranks in self.mesh.groups(dimension)}
-        return Group(made[mine], mine, self.backend, self.device)
+        return Group(made[mine], mine, self.backend, self.device, self.rank)
 
     def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=self._timeout, backend=self.backend)
@@ -183,16 +169,21 @@ class TorchCommunicator(Communicator):
             return _alone(collective)
         _check(collective)
         try:
+            if self._pairwise.serves(collective, group):
+                return self._pairwise.start(collective, group)
             work = START[collective.operation](collective, group)
         except RuntimeError as error:
             raise explain(error, collective, self.rank) from error
         return self._handle(work, [collective], group)
 
     def issue_together(self, collectives: Sequence[Collective]) -> Handle:
-        """Start several collectives; those of one kind, dimension, reduction and dtype as one."""
+        """Start several collectives; those of one kind, dimension, reduction and dtype as one, where that is faster."""
         batches: dict[object, list[Collective]] = {}
         for number, collective in enumerate(collectives):
-            joins = collective.operation in START_TOGETHER and self._group(collective.dimension) is not None
+            group = self._group(collective.dimension)
+            joins = collective.operation in START_TOGETHER and (
+                group is not None and not self._pairwise.serves(collective, group)
+            )
             dtype = None if collective.output is None else collective.output.dtype
             key = (collective.operation, collective.dimension, collective.reduction, dtype) if joins else number
             batches.setdefault(key, []).append(collective)
@@ -240,6 +231,7 @@ class TorchCommunicator(Communicator):
             return
         self._open = False
         self._groups.clear()
+        self._pairwise.close()
         while self._made:
             dist.destroy_process_group(self._made.pop())
         self._lease.release(peacefully=not self._failed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from powertrain.roles.communicator import Collective, Handle
+from powertrain.roles.communicator import Collective, Handle, Handles
 from powertrain_comm.watchdog.sites import Site, SiteFinder, show
 
 KEPT = 256
@@ -72,22 +72,47 @@ class Record:
         number: counted from 1 along its dimension (for send and receive: per peer).
         started: seconds on the monotonic clock.
         finished: whether it is over, as far as is known.
+        silent: whether only waiting tells if it is over, and nobody waits for it; nothing is concluded from it then.
         handle: the inner handle while it is pending.
     """
 
-    __slots__ = ("finished", "handle", "kind", "number", "started")
+    __slots__ = ("finished", "handle", "kind", "number", "silent", "started")
 
     def __init__(self, number: int, kind: Kind) -> None:
         self.number = number
         self.kind = kind
         self.started = monotonic()
         self.finished = False
+        self.silent = False
         self.handle: Handle | None = None
+
+    def pend(self, handle: Handle) -> None:
+        """Note that it has started."""
+        self.handle = handle
+        self.silent = is_silent(handle)
+
+    def expect(self) -> None:
+        """Note that somebody waits for it: what was silent until now has its time from here."""
+        if self.silent:
+            self.started = monotonic()  # first: the watchdog reads both, from its own thread
+            self.silent = False
 
     def facts(self, now: float) -> dict[str, Any]:
         """Return it as JSON."""
         age = round(now - self.started, 1)
-        return {**self.kind.facts(), "number": self.number, "age": age, "waiting": not self.finished}
+        return {
+            **self.kind.facts(),
+            "number": self.number,
+            "age": age,
+            "waiting": not self.finished and not self.silent,
+        }
+
+
+def is_silent(handle: Handle) -> bool:
+    """Return whether ``handle.done()`` stays false, although all is over, until somebody waits."""
+    if isinstance(handle, Handles):
+        return any(is_silent(part) for part in handle.parts)
+    return bool(getattr(handle, "silent", False))
 
 
 class Ledger:
@@ -135,13 +160,13 @@ class Ledger:
         return record
 
     def oldest(self) -> Record | None:
-        """Return the oldest collective under way, having asked the handles which are over."""
+        """Return the oldest collective known to be under way, having asked the handles which are over."""
         first = None
         for record in self._pending.copy():
             handle = record.handle
             if not record.finished and handle is not None and handle.done():
                 record.finished, record.handle = True, None
-            if first is None and not record.finished:
+            if first is None and not record.finished and not record.silent:
                 first = record
         return first
 

@@ -34,6 +34,8 @@ class WatchedHandle:
             CollectiveDiverged: the ranks issued different collectives.
             CommunicationError: it failed for another reason.
         """
+        for record in self._records:
+            record.expect()
         try:
             self._inner.wait()
         except CommunicationError as error:
@@ -125,7 +127,7 @@ class WatchedCommunicator(WrappedCommunicator):
                 record.finished = True
             raise
         for record in records:
-            record.handle = inner
+            record.pend(inner)
         return WatchedHandle(inner, records, self._explained)
 
     def _explained(self, error: CommunicationError) -> CommunicationError:

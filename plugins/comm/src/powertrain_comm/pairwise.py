@@ -1,0 +1,235 @@
+"""Gather and reduce-scatter as direct exchanges between each pair of ranks.
+
+gloo's own two copy every byte several times on the way. Here each rank sends
+its piece straight out of the caller's tensor to every peer, and receives
+straight into the caller's tensor, or into one buffer of a pool where there is
+something left to add. All of it is started by ``start``; the additions are
+done in ``wait``, always in the order of the ranks' indices, so that a result
+depends on nothing but the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from powertrain.errors import CommunicationError
+from powertrain.roles.communicator import Collective, Done, Handle, Reduction
+from powertrain_comm.failures import explain
+from powertrain_comm.operations import Group, given, taken
+from powertrain_comm.pool import BufferPool
+
+TAGS = {"all_gather": 0x7A61, "reduce_scatter": 0x7A62}
+"""Message tags of each operation's exchanges; a user's send and receive have tag 0."""
+
+BLOCK = 1 << 16
+"""Elements that are reduced at a time: they stay in the processor's cache between two additions."""
+
+LONG = 1 << 18
+"""Bytes from which a message is sent in two parts."""
+
+TAIL = 64
+"""Bytes of the second part.
+
+When a connection breaks amid a message, gloo tells nobody who waits for that
+message: only those who wait for one that has not begun. The second part is
+such a one, and it is waited for first.
+"""
+
+NARROW = (torch.bfloat16, torch.float16)
+"""Types that are added in float32 and rounded once."""
+
+COMBINE: dict[Reduction, Callable[..., torch.Tensor]] = {
+    "sum": torch.add,
+    "mean": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+
+class Exchange:
+    """Sends and receives under way, which make up one collective.
+
+    gloo does not tell whether a message has arrived before somebody waits for
+    it. So ``done`` is false until ``wait`` has returned, however early the
+    messages came, and ``silent`` says so to who draws conclusions from it.
+
+    Args:
+        works: torch's handles of every send and receive; they keep the memory alive.
+        collective: what they carry out.
+        rank: this process's global rank, for error messages.
+        finish: what is left to do once everything is here.
+    """
+
+    silent = True
+
+    def __init__(
+        self, works: Sequence[dist.Work], collective: Collective, rank: int, finish: Callable[[], None] | None
+    ) -> None:
+        self._works: Sequence[dist.Work] = works
+        self._collective: Collective | None = collective
+        self._rank = rank
+        self._finish = finish
+        self._error: CommunicationError | None = None
+
+    def wait(self) -> None:
+        """Return when every message has been sent and received, and the result is complete.
+
+        Raises:
+            PeerFailed: the connection to another rank broke.
+            CollectiveStalled: it did not finish within the timeout.
+            CommunicationError: the library failed.
+        """
+        collective = self._collective
+        if collective is None:
+            return
+        if self._error is not None:
+            raise self._error
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            # The works stay, and so does the memory into which other peers may still be sending.
+            self._error = explain(error, collective, self._rank)
+            raise self._error from error
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+        self._works, self._collective = (), None
+
+    def done(self) -> bool:
+        """Return whether ``wait`` has returned; False says nothing."""
+        return self._collective is None
+
+
+class Pairwise:
+    """Carries out collectives of one rank by direct exchanges.
+
+    Args:
+        rank: this process's global rank.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._pool = BufferPool()
+
+    def serves(self, collective: Collective, group: Group) -> bool:
+        """Return whether ``start`` can carry this out; all ranks of ``group`` find the same."""
+        return group.pairwise and collective.operation in TAGS
+
+    def start(self, collective: Collective, group: Group) -> Handle:
+        """Start a collective for which ``serves`` is true.
+
+        Raises:
+            RuntimeError: torch refused it, or the connection is broken.
+            ValueError: a tensor is missing, or its length or type does not fit the other's.
+        """
+        gathers = collective.operation == "all_gather"
+        source, target = given(collective).detach().view(-1), taken(collective).detach().view(-1)
+        piece, whole = (source, target) if gathers else (target, source)
+        count = len(group.ranks)
+        if whole.numel() != count * piece.numel() or whole.dtype != piece.dtype:
+            raise ValueError(
+                f"{collective.operation} among {count} ranks joins pieces of one length and type: "
+                f"{piece.numel()} of {piece.dtype} do not fit {whole.numel()} of {whole.dtype}"
+            )
+        if not piece.numel():
+            return Done()
+        pieces = whole.split(piece.numel())
+        return (self._gather if gathers else self._scatter)(collective, group, piece, pieces)
+
+    def _gather(
+        self, collective: Collective, group: Group, piece: torch.Tensor, pieces: Sequence[torch.Tensor]
+    ) -> Handle:
+        me, count = group.index, len(pieces)
+        received = {peer: pieces[peer] for peer in _others(me, count)}
+        works = _exchange(group, TAGS["all_gather"], received, dict.fromkeys(received, piece))
+        if pieces[me].data_ptr() != piece.data_ptr():
+            pieces[me].copy_(piece)  # while the messages are on their way
+        return Exchange(works, collective, self._rank, None)
+
+    def _scatter(
+        self, collective: Collective, group: Group, piece: torch.Tensor, pieces: Sequence[torch.Tensor]
+    ) -> Handle:
+        me, count, pool = group.index, len(pieces), self._pool
+        nbytes = (count - 1) * piece.numel() * piece.element_size()
+        buffer = pool.take(nbytes)
+        rows = buffer[:nbytes].view(piece.dtype).split(piece.numel())
+        received = dict(zip(_others(me, count), rows, strict=True))
+        works = _exchange(group, TAGS["reduce_scatter"], received, {peer: pieces[peer] for peer in received})
+
+        def finish() -> None:
+            terms = [pieces[me] if index == me else received[index] for index in range(count)]
+            reduce_into(piece, terms, collective.reduction, spare=received[1 if me == 0 else 0])
+            pool.give(buffer)
+
+        return Exchange(works, collective, self._rank, finish)
+
+    def close(self) -> None:
+        """Free what is kept for later."""
+        self._pool.clear()
+
+
+def _others(me: int, count: int) -> list[int]:
+    """Return the indices of the others, such that not all ranks begin with the same one."""
+    return [(me + step) % count for step in range(1, count)]
+
+
+def _exchange(
+    group: Group, tag: int, received: dict[int, torch.Tensor], sent: dict[int, torch.Tensor]
+) -> list[dist.Work]:
+    """Start to receive from, and to send to, each index; receives come first, so that what is sent finds its place.
+
+    Returns:
+        Every handle, in the order in which to wait for them.
+    """
+    handle = group.handle
+    lasts, others = [], []
+    for index, tensor in received.items():
+        works = [handle.recv([part], index, tag) for part in _parts(tensor)]
+        lasts.append(works.pop())
+        others += works
+    for index, tensor in sent.items():
+        others += [handle.send([part], index, tag) for part in _parts(tensor)]
+    return lasts + others
+
+
+def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the messages as which a flat tensor travels."""
+    size = tensor.element_size()
+    if tensor.numel() * size < LONG:
+        return (tensor,)
+    tail = TAIL // size
+    return tensor[:-tail], tensor[-tail:]
+
+
+def reduce_into(
+    output: torch.Tensor, terms: Sequence[torch.Tensor], reduction: Reduction, *, spare: torch.Tensor
+) -> None:
+    """Combine ``terms`` in their order, from the first to the last, into ``output``.
+
+    Args:
+        output: the result; may be one of the terms.
+        terms: two or more flat tensors of one length and type; they stay as they are, but for ``spare``.
+        reduction: how; in types of 16 bits, sums and means are taken in float32 and rounded once.
+        spare: a tensor that may be overwritten: the first of the terms, or the second.
+    """
+    combine, average = COMBINE[reduction], len(terms) if reduction == "mean" else 0
+    # One addition alone is rounded once by torch itself.
+    wide = output.dtype in NARROW and combine is torch.add and (average or len(terms) > 2)
+    for start in range(0, output.numel(), BLOCK):
+        result, free, *parts = (tensor[start : start + BLOCK] for tensor in (output, spare, *terms))
+        if wide:
+            total = parts[0].float()
+            for part in parts[1:]:
+                total.add_(part)
+            result.copy_(total.div_(average) if average else total)
+            continue
+        total = parts[0]
+        for part in parts[1:-1]:
+            total = combine(total, part, out=free)
+        combine(total, parts[-1], out=result)
+        if average:
+            result.div_(average)
