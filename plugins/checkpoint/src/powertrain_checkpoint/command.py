@@ -13,22 +13,42 @@ import click
 from powertrain.errors import CheckpointError
 from powertrain_checkpoint import directory, manifest
 from powertrain_checkpoint.export import PREFIX
-from powertrain_checkpoint.export import export as write_model
+from powertrain_checkpoint.export import export as write_file
+from powertrain_checkpoint.export_library import export as write_directory
+from powertrain_checkpoint.export_library import parse_size
+from powertrain_checkpoint.library import SUFFIX
 
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 @click.command()
 @click.argument("checkpoints", type=click.Path(path_type=Path))
-@click.argument("output", type=click.Path(path_type=Path, dir_okay=False), required=False)
+@click.argument("output", type=click.Path(path_type=Path), required=False)
 @click.option("--tag", help="Which checkpoint; the newest complete one when left out.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Convert floating-point tensors; default: as saved.")
+@click.option("--hf", is_flag=True, help="Write a directory as Hugging Face libraries do, whatever OUTPUT is called.")
+@click.option("--shard-size", metavar="SIZE", help="The largest file of such a directory; default 5GB.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, exists=True),
+    help="A config.json to put into it, or a directory that has one; tokenizer files there come along.",
+)
 @click.option("--list", "listing", is_flag=True, help="List the complete checkpoints instead.")
-def export(checkpoints: Path, output: Path | None, tag: str | None, dtype: str | None, listing: bool) -> None:
-    """Write a checkpoint's model as one safetensors file.
+def export(
+    checkpoints: Path,
+    output: Path | None,
+    tag: str | None,
+    dtype: str | None,
+    hf: bool,
+    shard_size: str | None,
+    config: Path | None,
+    listing: bool,
+) -> None:
+    """Write a checkpoint's model as safetensors: one file, or a directory that from_pretrained loads.
 
     CHECKPOINTS is the directory of the checkpoints, or that of a single one.
-    OUTPUT is the file to write. Tensors are streamed: memory for the largest is enough.
+    OUTPUT is a file whose name ends in .safetensors, or else a new directory.
+    Tensors are streamed: memory for the largest is enough.
     """
     root = checkpoints
     if (checkpoints / manifest.FILE_NAME).is_file():
@@ -42,12 +62,25 @@ def export(checkpoints: Path, output: Path | None, tag: str | None, dtype: str |
         _list(root)
         return
     if output is None:
-        raise click.UsageError("Missing argument 'OUTPUT': the file to write, for example model.safetensors.")
+        raise click.UsageError("Missing argument 'OUTPUT': what to write, model.safetensors or a directory.")
+    as_directory = hf or output.suffix != SUFFIX
+    if not as_directory and (shard_size or config):
+        raise click.UsageError("--shard-size and --config are for a directory; add --hf, or leave them out.")
+    if not as_directory and output.is_dir():
+        raise click.UsageError(f"{output} is a directory; OUTPUT is to be a file, or add --hf.")
+    try:
+        limit = parse_size(shard_size or "5GB")
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--shard-size") from None
     path = root / directory.choose(root, tag)
     found = manifest.load(path)
     total = sum(_nbytes(tensor) for name, tensor in found.tensors.items() if name.startswith(PREFIX))
+    code = _DTYPES[dtype] if dtype else None
     with _progress(f"{path.name} → {output.name}", total) as advance:
-        entries = write_model(path, found, output, _DTYPES[dtype] if dtype else None, advance)
+        if as_directory:
+            entries = write_directory(path, found, output, code, advance, limit=limit, config=config)
+        else:
+            entries = write_file(path, found, output, code, advance)
     size = sum(entry.nbytes for entry in entries)
     click.echo(f"{output}: {len(entries)} tensors, {_size(size)}, from {path.name}")
 

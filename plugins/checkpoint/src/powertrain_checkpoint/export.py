@@ -1,4 +1,4 @@
-"""One safetensors file of a checkpoint's parameters, streamed tensor by tensor.
+"""A checkpoint's parameters as one safetensors file, or as a model library's directory, streamed tensor by tensor.
 
 No engine and, unless element types change, no torch is needed. At any time
 one tensor is held in memory, and one piece of a shard beside it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from powertrain.errors import CheckpointError
@@ -44,37 +44,72 @@ def export(
         CheckpointError: it holds no model, or a file is damaged.
         OSError: the disk refused.
     """
-    model = {name.removeprefix(PREFIX): t for name, t in manifest.tensors.items() if name.startswith(PREFIX)}
-    if not model:
-        raise CheckpointError(
-            f"checkpoint {manifest.tag} holds no model",
-            where=str(directory),
-            expected=f"tensors whose names begin with {PREFIX}",
-            found=", ".join(list(manifest.tensors)[:5]) or "no tensor at all",
-        )
-    entries = [
-        Entry(name, dtype if dtype and tensor.dtype in _FLOATS else tensor.dtype, tensor.shape)
-        for name, tensor in model.items()
-    ]
-    entries.sort(key=lambda entry: (-SIZES[entry.dtype], entry.key))
+    source = Source(directory, manifest, dtype)
+    entries = source.entries()
     draft = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        with draft.open("wb") as file, _Shards(directory, manifest) as shards:
-            file.write(header(entries, {"format": "pt", **_aliases(manifest)}))
-            for entry in entries:
-                file.write(_assemble(shards, model[entry.key], entry.dtype))
-                progress(math.prod(entry.shape) * SIZES[model[entry.key].dtype])
-            file.flush()
-            os.fsync(file.fileno())
+        with source:
+            source.write(draft, entries, progress)
         draft.replace(output)
     finally:
         draft.unlink(missing_ok=True)
     return entries
 
 
-def _aliases(manifest: Manifest) -> Mapping[str, str]:
-    aliases: Mapping[str, str] = manifest.values.get("aliases", {})
-    return aliases
+class Source:
+    """The model in a checkpoint, from which files are written. Use it in a ``with`` block.
+
+    Args:
+        directory: of the checkpoint.
+        manifest: what it holds.
+        dtype: the safetensors code that floating-point tensors are converted to; None keeps theirs.
+
+    Raises:
+        CheckpointError: it holds no model.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, dtype: str | None) -> None:
+        self._model = {name.removeprefix(PREFIX): t for name, t in manifest.tensors.items() if name.startswith(PREFIX)}
+        if not self._model:
+            raise CheckpointError(
+                f"checkpoint {manifest.tag} holds no model",
+                where=str(directory),
+                expected=f"tensors whose names begin with {PREFIX}",
+                found=", ".join(list(manifest.tensors)[:5]) or "no tensor at all",
+            )
+        self._aliases: Mapping[str, str] = manifest.values.get("aliases", {})
+        self._dtype = dtype
+        self._shards = _Shards(directory, manifest)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shards.close()
+
+    def entries(self) -> list[Entry]:
+        """Return all tensors as they will be written, in the order of their names."""
+        return [
+            Entry(name, self._dtype if self._dtype and tensor.dtype in _FLOATS else tensor.dtype, tensor.shape)
+            for name, tensor in sorted(self._model.items())
+        ]
+
+    def write(self, path: Path, entries: Sequence[Entry], progress: Callable[[int], None]) -> None:
+        """Write a file of some of the tensors, and force it to the disk.
+
+        Its metadata maps further names of tied parameters to the one that is written.
+        """
+        entries = sorted(entries, key=lambda entry: (-SIZES[entry.dtype], entry.key))
+        names = {entry.key for entry in entries}
+        aliases = {alias: name for alias, name in self._aliases.items() if name in names}
+        with path.open("wb") as file:
+            file.write(header(entries, {"format": "pt", **aliases}))
+            for entry in entries:
+                tensor = self._model[entry.key]
+                file.write(_assemble(self._shards, tensor, entry.dtype))
+                progress(math.prod(entry.shape) * SIZES[tensor.dtype])
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _Shards:
@@ -86,12 +121,9 @@ class _Shards:
         self._open: dict[int, Shard] = {}
         self.buffer = bytearray(_PIECE + 2 * BLOCK)
 
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         for shard in self._open.values():
-            shard.__exit__(*error)
+            shard.__exit__(None, None, None)
 
     def __getitem__(self, index: int) -> Shard:
         if index not in self._open:
