@@ -52,6 +52,28 @@ class Collective:
     label: str = ""
 
 
+@attrs.frozen(kw_only=True)
+class Traffic:
+    """What one rank sent along one dimension by one operation.
+
+    Bytes are those that this rank must send to others by the operation's best algorithm, whatever the
+    library does: of n ranks, (n - 1) x its input for all_gather, (n - 1) / n x its input for reduce_scatter,
+    2 (n - 1) / n x the tensor for all_reduce, its input less its own piece for all_to_all, the tensor for
+    send and at the source of a broadcast, and nothing for the rest.
+
+    Attributes:
+        operation: which one.
+        dimension: along which dimension.
+        calls: how often.
+        bytes: sent to other ranks, in all.
+    """
+
+    operation: Operation
+    dimension: str
+    calls: int
+    bytes: int
+
+
 class Handle(Protocol):
     """A collective under way."""
 
@@ -149,6 +171,10 @@ class Communicator(ABC):
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks, as far as possible, that this one has failed with ``error``."""
+
+    def traffic(self) -> list[Traffic]:
+        """Return what this rank has sent so far; empty where nobody counts."""
+        return []
 
     def describe(self) -> dict[str, str]:
         """Return facts for people: library, version, interfaces."""
@@ -314,6 +340,10 @@ class WrappedCommunicator(Communicator):
     def report(self, error: BaseException) -> None:
         """Report through the wrapped communicator."""
         self.inner.report(error)
+
+    def traffic(self) -> list[Traffic]:
+        """Return what the wrapped communicator counted."""
+        return self.inner.traffic()
 
     def describe(self) -> dict[str, str]:
         """Return the wrapped communicator's facts."""

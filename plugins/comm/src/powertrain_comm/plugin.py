@@ -41,9 +41,14 @@ class CommPlugin(Plugin[CommConfig]):
 
     @hookimpl
     def wrap_communicator(self, communicator: Communicator, timeout: float) -> Communicator | None:
-        """Put the watchdog, and on request the cross-check, around ``communicator``."""
-        if communicator.world_size == 1 or not self.config.watchdog:
-            return None
-        from powertrain_comm.watchdog.watched import WatchedCommunicator
+        """Put the watchdog, with the cross-check on request, and on request the tracer around ``communicator``."""
+        wrapped = communicator
+        if self.config.watchdog and communicator.world_size > 1:
+            from powertrain_comm.watchdog.watched import WatchedCommunicator
 
-        return WatchedCommunicator(communicator, timeout, cross_check=self.config.cross_check)
+            wrapped = WatchedCommunicator(wrapped, timeout, cross_check=self.config.cross_check)
+        if self.config.trace:
+            from powertrain_comm.traced import TracedCommunicator
+
+            wrapped = TracedCommunicator(wrapped)
+        return None if wrapped is communicator else wrapped
