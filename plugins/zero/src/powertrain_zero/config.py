@@ -35,20 +35,24 @@ class ZeroConfig:
     number keeps a slice among as many neighbouring ranks (as ``secondary``). Default true."""
 
     shard_group: int | None = attrs.field(default=None, validator=_at_least_one)
-    """Shard within groups of as many neighbouring ranks, and replicate across the groups (MiCS). Absent: over all."""
+    """Shard within groups of as many neighbouring ranks, and replicate across the groups (MiCS): collectives of a
+    micro-batch stay within a group, gradients are averaged across once a step. Absent: over all."""
 
     secondary: int | None = attrs.field(default=None, validator=_at_least_one)
     """Stage 3: keep a second slice of each unit, after forward, within groups of as many neighbouring ranks, from
-    which backward gathers (hpZ). Costs 1/n of the parameters, in the compute format. Absent: none."""
+    which backward gathers (hpZ). Costs 1/n of the parameters, in the compute format. With ``shard_group``: within
+    it. Absent: none."""
 
     gather: Literal["int8"] | None = None
-    """Stage 3: the format in which parameters travel (qwZ: blockwise int8). Absent: the compute format."""
+    """Stage 3: the format in which parameters travel (qwZ: int8 and a scale for each 256 of them, half the bytes of
+    fp16); the model computes with what arrives, the masters stay exact. Absent: the compute format."""
 
     reduce: Literal["int8", "int4"] | None = None
-    """The format in which gradients travel between ranks (qgZ: all-to-all in two hops). Absent: ``[precision] reduce``."""
+    """The format in which gradients travel between the ranks of a shard group (qgZ: all-to-all in two hops, summed
+    in fp32; a half or a quarter of the bytes of fp16). Absent: ``[precision] reduce``."""
 
     node: int | None = attrs.field(default=None, validator=_at_least_one)
-    """Ranks on one host, the first hop of a quantized reduction. Absent: what the launcher says."""
+    """Neighbouring ranks on one host, the first hop of a quantized reduction. Absent: what the launcher says."""
 
     @reshard_after_forward.validator
     def _positive(self, attribute: attrs.Attribute[bool | int], value: bool | int) -> None:
@@ -60,6 +64,12 @@ class ZeroConfig:
             for key, default in (("reshard_after_forward", True), ("secondary", None), ("gather", None)):
                 if getattr(self, key) != default:
                     raise ValueError(f"{key} needs stage = 3: before it, parameters are never sharded")
+        if self.node is not None and self.reduce is None:
+            raise ValueError("node needs reduce: only quantized gradients travel in hops")
+        if self.shard_group == 1:
+            for key in ("secondary", "gather", "reduce"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} has no effect with shard_group = 1: each rank holds everything")
         group = self.reshard_after_forward
         if self.secondary is not None and group is not True:
             raise ValueError("secondary and reshard_after_forward both say what is kept after forward; leave one out")

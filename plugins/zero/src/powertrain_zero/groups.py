@@ -45,13 +45,20 @@ class Groups:
         secondary = None
         shards = communicator.size(shard)
         if kept is not None and kept != shards:
-            check_divides(key, kept, shards)
+            check_divides(key, kept, shards, grouped=replica is not None)
+            # Shard groups are neighbours as well: within one of them these are its own parts.
             secondary, _ = communicator.split("data", kept)
         return cls(shard=shard, shards=shards, index=communicator.index(shard), replica=replica, secondary=secondary)
 
 
-def check_divides(key: str, size: int, ranks: int) -> None:
+def check_divides(key: str, size: int, ranks: int, *, grouped: bool = False) -> None:
     """Check that ``ranks`` can be cut into groups of ``size``.
+
+    Args:
+        key: of the ``[zero]`` table, which says the size.
+        size: ranks in a group.
+        ranks: that are cut.
+        grouped: they are one shard group, not all data ranks.
 
     Raises:
         ShardingError: they cannot; says which sizes, and which numbers of ranks, would do.
@@ -59,11 +66,40 @@ def check_divides(key: str, size: int, ranks: int) -> None:
     if ranks % size == 0:
         return
     sizes = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-    near = [n for n in (ranks // size * size, (ranks // size + 1) * size) if n]
+    near = " or ".join(str(n) for n in (ranks // size * size, (ranks // size + 1) * size) if n)
+    who = f"the {ranks} ranks of a shard group" if grouped else f"{ranks} ranks"
+    other = f"zero.shard_group to {near}" if grouped else f"start {near} ranks"
     raise ShardingError(
-        f"{ranks} ranks cannot be cut into groups of {size}",
+        f"{who} cannot be cut into groups of {size}",
         where=f"zero.{key}",
         expected=f"a divisor of {ranks}: {sizes}",
         found=str(size),
-        remedy=f"set zero.{key} to one of these, or start {' or '.join(map(str, near))} ranks",
+        remedy=f"set zero.{key} to one of these, or {other}",
     )
+
+
+def hops(config: ZeroConfig, groups: Groups, communicator: Communicator, local_size: int) -> tuple[str, ...]:
+    """Return the dimensions of a reduction in hops: within and across nodes, or one; called on every rank.
+
+    Args:
+        config: ``node`` says how many neighbouring shards are one node.
+        groups: over which ranks is reduced.
+        communicator: connects them.
+        local_size: how many ranks this host runs; counts where ``node`` is absent. Where hosts and
+            shards do not come out even, all shards are one node.
+
+    Raises:
+        ShardingError: ``node`` does not divide the shards.
+    """
+    node = config.node
+    if node is None:
+        # Neighbours along the shards need not be neighbours on the host: other dimensions lie between.
+        host = communicator.rank // local_size
+        node = sum(peer // local_size == host for peer in communicator.mesh.peers(groups.shard))
+        if groups.shards % node:
+            node = groups.shards
+    else:
+        check_divides("node", node, groups.shards, grouped=groups.replica is not None)
+    if node in (1, groups.shards):
+        return (groups.shard,)
+    return communicator.split(groups.shard, node)
