@@ -90,6 +90,7 @@ ENGINE = {
     "grad_norm",
     "learning_rate",
     "load_checkpoint",
+    "load_weights",
     "loss",
     "no_sync",
     "runner",
@@ -125,7 +126,8 @@ def test_the_package_offers_these_names() -> None:
 def test_initialize_takes_these_arguments() -> None:
     """The signature of ``initialize`` is public."""
     expected = ["model", "config", "dataset", "loss_fn", "optimizer", "collate_fn"]
-    assert parameters(powertrain.initialize) == [*expected, "*", "scheduler", "plugins", "overrides"]
+    assert parameters(powertrain.initialize) == [*expected, "*", "scheduler", "weights", "plugins", "overrides"]
+    assert parameters(powertrain.deferred) == []
 
 
 def test_access_to_parameters_takes_these_arguments() -> None:
@@ -149,6 +151,7 @@ def test_the_engine_offers_these_names() -> None:
     assert parameters(powertrain.Engine.eval_step) == ["self", "batch"]
     assert parameters(powertrain.Engine.save_checkpoint) == ["self", "directory", "tag", "client_state"]
     assert parameters(powertrain.Engine.load_checkpoint) == ["self", "directory", "tag"]
+    assert parameters(powertrain.Engine.load_weights) == ["self", "path", "strict"]
     for name in public:
         assert (inspect.getdoc(getattr(powertrain.Engine, name)) or "").strip(), name
 
