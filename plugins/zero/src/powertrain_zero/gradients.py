@@ -24,6 +24,8 @@ IN_FLIGHT = 2
 class BufferPool:
     """Borrowed flat buffers, given back for the next unit: fresh memory is slow to touch.
 
+    Units are mostly of one size, and few are far larger: buffers for those are not kept.
+
     Args:
         communicator: allocates them.
         dimension: along which they are reduced.
@@ -31,25 +33,34 @@ class BufferPool:
     """
 
     def __init__(self, communicator: Communicator, dimension: str, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._communicator = communicator
         self._dimension = dimension
-        self.dtype = dtype
-        self._size = 0
+        self._sizes: list[int] = []
         self._free: list[torch.Tensor] = []
 
     def fit(self, numel: int) -> None:
-        """Make sure that later buffers hold at least ``numel`` elements."""
-        self._size = max(self._size, numel)
+        """Take note that buffers of ``numel`` elements will be borrowed."""
+        self._sizes.append(numel)
+        self._sizes.sort()
 
-    def borrow(self) -> torch.Tensor:
-        """Return a buffer with arbitrary contents."""
-        if self._free:
-            return self._free.pop()
-        return self._communicator.empty(self._size, self.dtype, self._dimension)
+    @property
+    def _kept_size(self) -> int:
+        """The size of the buffers that are kept: the largest that is not far above the median."""
+        typical = self._sizes[len(self._sizes) // 2]
+        return max(size for size in self._sizes if size <= 1.5 * typical)
+
+    def borrow(self, numel: int) -> torch.Tensor:
+        """Return a buffer of at least ``numel`` elements with arbitrary contents."""
+        kept = self._kept_size
+        if numel > kept:
+            return self._communicator.empty(numel, self.dtype, self._dimension)
+        return self._free.pop() if self._free else self._communicator.empty(kept, self.dtype, self._dimension)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Take a buffer for the next borrower."""
-        self._free.append(buffer)
+        if buffer.numel() == self._kept_size and len(self._free) < IN_FLIGHT:
+            self._free.append(buffer)
 
 
 class FlatGradients:
@@ -160,7 +171,7 @@ class FlatGradients:
     def _borrow(self) -> torch.Tensor:
         while len(self._flights) >= IN_FLIGHT:
             self._flights[0].settle()
-        return self._pool.borrow()
+        return self._pool.borrow(self.flat.numel)
 
     def send(self) -> None:
         """Start the reduction of what there is; parameters without a gradient count as zeros."""

@@ -61,6 +61,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self._first = True
         self._round_open = False
         self._flushed = False
+        self._writing: list[list[torch.nn.Parameter]] = []
         self._flights: deque[FlatGradients] = deque()
         self._pool = BufferPool(self._communicator, self.groups.shard, context.recipe.reduce)
         self._whole_tensors = granularity_of(optimizer) != "element"
@@ -252,12 +253,17 @@ class ShardedOptimizer(OptimizerWrapper):
         unit.refresh()
         return None
 
+    @torch.no_grad()
     def publish(self) -> None:
         """Make the model follow values that were written into this rank's slices."""
+        # What a block is writing into whole parameters is left alone: it is carried over at the block's end.
+        written = [(param, param.detach().clone()) for params in self._writing for param in params]
         handles = [self.publish_unit(unit, frozen=True) for unit in self.units]
         for handle in handles:
             if handle is not None:
                 handle.wait()
+        for param, values in written:
+            param.copy_(values)
 
     # --- access -------------------------------------------------------------------------
 
@@ -295,12 +301,15 @@ class ShardedOptimizer(OptimizerWrapper):
         units = [unit for unit in self.units if any(self._home[param][0] is unit for param in params)]
         for unit in units:
             unit.hold()
+        if write:
+            self._writing.append(params)
         try:
             yield
         finally:
             # Also after an exception: what was written is there, and ranks must not differ in it.
             if write:
                 self._take_back(params, units)
+                self._writing = [others for others in self._writing if others is not params]
             for unit in units:
                 unit.let_go()
 
