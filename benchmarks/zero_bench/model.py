@@ -100,3 +100,9 @@ def parameters(size: Size) -> int:
     """Return the exact number of parameters, without making them."""
     with torch.device("meta"):
         return sum(param.numel() for param in GPT(size).parameters())
+
+
+def block_parameters(size: Size) -> int:
+    """Return the exact number of parameters of one block."""
+    with torch.device("meta"):
+        return sum(param.numel() for param in Block(size.width).parameters())

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from zero_bench.contenders import CONTENDERS
 from zero_bench.launch import RANKS, Run, Setting, tokens_a_step
-from zero_bench.model import SIZES, parameters
+from zero_bench.model import SIZES, block_parameters, parameters
 
-FASTER, LEANER = 1.0, 1.0  # tokens/s at least, and memory at most, of the peer's
+FASTER = {"deepspeed": 1.2, "fsdp2": 1.15, "ddp": 1.0, "zero1": 1.0}  # tokens/s, at least, of the peer's
+LEANER = 1.0  # memory, at most, of the peer's
+FORMULA = {1: (8.0, 8.0), 2: (4.0, 12.0), 3: (0.0, 16.0)}  # fp32 bytes a parameter: on every rank, and over all ranks
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of the loss of each step
 HEAD = "{:14} {:>9} {:>15} {:>8} {:>9} {:>15} {:>10} {:>9}"
 PEERS_OF = {
@@ -134,12 +136,32 @@ def comparisons(rows: Sequence[Row], setting: Setting) -> list[str]:
                 lines.append(f"{name} / {peer}: not measured")
                 continue
             lines.append(
-                f"{f'{name} / {peer}':28} tokens/s {verdict(speed, round(speed, 2) >= FASTER)}"
+                f"{f'{name} / {peer}':28} tokens/s {verdict(speed, round(speed, 2) >= FASTER[peer.partition('-')[0]])}"
                 f"   peak RSS {bounded(paired(ours, theirs, rss))}   bytes after {bounded(paired(ours, theirs, after))}"
             )
     if lines:
-        bar = f"bars: tokens/s at least {FASTER:.2f}, memory at most {LEANER:.2f} of the peer's, as printed"
+        bars = ", ".join(f"{peer} {bar:.2f}" for peer, bar in FASTER.items())
+        bar = f"bars: tokens/s at least {bars}; memory at most {LEANER:.2f} of the peer's, as printed"
         lines.insert(0, f"ratios, medians of the rounds' ({bar})")
+    return lines + promises(rows, setting)
+
+
+def promises(rows: Sequence[Row], setting: Setting) -> list[str]:
+    """Return a line for each stage of ours: live bytes after a step beside what ZeRO's formula promises, in fp32."""
+    if setting.precision != "fp32":
+        return []
+    count, unit = parameters(SIZES[setting.model]), block_parameters(SIZES[setting.model])
+    lines = []
+    for row in rows:
+        stage = int(row.contender[-1]) if row.contender.startswith("powertrain-") else 0
+        if stage and row.good:
+            everywhere, shared = FORMULA[stage]
+            formula, found = everywhere + shared / RANKS, row.median(after) / count
+            allowed = 1.03 * formula + 2 * 4 * unit / count
+            lines.append(
+                f"{row.contender:28} {found:.2f} bytes a parameter; formula {formula:.2f}, with 3 % and two units "
+                f"{allowed:.2f} {'met' if found <= allowed else 'MISSED'}"
+            )
     return lines
 
 
