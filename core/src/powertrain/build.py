@@ -353,9 +353,9 @@ def make_optimizer(
         raise OptimizerError(f"no plugin makes the optimizer {table.name!r}", where="optimizer.name")
     if not trainable:
         raise OptimizerError("the model has no parameter that requires a gradient", remedy="unfreeze some of it")
-    made = factory(trainable)
-    made.granularity = factory.granularity
-    return cast("torch.optim.Optimizer", made)
+    made = cast("torch.optim.Optimizer", factory(trainable))
+    made.granularity = factory.granularity  # type: ignore[attr-defined]
+    return made
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, given: Any, settings: Config) -> schedule.Schedule | None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import attrs
 import torch
 
-from powertrain.birth import Birth
+from powertrain.birth import Birth, settle
 from powertrain.layout import FlatEntry, FlatLayout
 from powertrain.roles.checkpoint import TensorSlice
 from powertrain.roles.communicator import Communicator
@@ -125,7 +125,7 @@ class Flat:
             start, stop = self._overlap(entry)
             if start < stop and (not self.resident or self.full.dtype != self.shard.dtype):
                 birth.fill(name, param, self.shard[start - self.begin : stop - self.begin], start - entry.start)
-            rehome(param, self.full[entry.start : entry.stop].view(entry.shape))
+            settle(param, self.full[entry.start : entry.stop].view(entry.shape))
 
     def _overlap(self, entry: FlatEntry) -> tuple[int, int]:
         """Return where a parameter and this rank's slice meet, in elements of the buffer."""
@@ -186,14 +186,6 @@ class Flat:
             self.shard.copy_(own)
         else:
             self.shard.copy_(torch.where(self.shard.to(own.dtype) == own, self.shard, own.to(self.shard.dtype)))
-
-
-def rehome(param: torch.nn.Parameter, view: torch.Tensor) -> None:
-    """Make a parameter a view of a buffer, in place: all who hold it keep it."""
-    if param.is_meta and not view.is_meta:
-        torch.utils.swap_tensors(param, torch.nn.Parameter(view, requires_grad=param.requires_grad))
-    else:
-        param.data = view
 
 
 def flat_layout(
