@@ -4,6 +4,9 @@ Forward: before a module of a unit runs, its unit is awaited and the next ones
 start; after it, the unit is freed. Backward: the gradient of a module's output
 announces it; the gradient of its input, or the end of the backward pass, ends it.
 What activation checkpointing runs again happens inside backward and belongs to it.
+
+Ranks may take different branches. So what is here when a pass is over is the
+same on every rank, whatever each has run.
 """
 
 from __future__ import annotations
@@ -12,19 +15,32 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
+import attrs
 import torch
 
 from powertrain.compat import after_backward, in_backward
 from powertrain.errors import ShardingError
-from powertrain_zero.passes import Ballot, FirstPass, KnownPass
-from powertrain_zero.timeline import Cursor, Step, backward_steps
+from powertrain_zero.backward import Backward
+from powertrain_zero.passes import Ballot, FirstPass, KnownPass, Rounds
 from powertrain_zero.unit import Unit
 
 IDLE = 0
 """What a rank says when it runs no forward pass of its own."""
+
+
+@attrs.frozen
+class _Call:
+    """A module that is running.
+
+    Attributes:
+        units: those that it needs.
+        error: what the program was handling when it was called.
+    """
+
+    units: Sequence[Unit]
+    error: BaseException | None
 
 
 class Flow:
@@ -51,22 +67,23 @@ class Flow:
         reducing: Callable[[], bool],
         reduced: Callable[[], None],
     ) -> None:
+        self._model = model
         self._units = list(units)
         self._prefetch = prefetch
         self._reshard = reshard
         self._ballot = ballot
-        self._reducing = reducing
-        self._reduced = reduced
+        self._rounds = Rounds(units, ballot, self._put_away)
+        self._backward = Backward(
+            units, prefetch=prefetch, rounds=self._rounds, reducing=reducing, reduced=reduced, in_use=self._in_use
+        )
         self._orders: dict[tuple[int, bool], list[Unit]] = {}
         self._pass: FirstPass | KnownPass | None = None
+        self._failed: FirstPass | KnownPass | None = None
         self._kind = (0, False)
-        self._depth = 0
-        self._uneven = 0
-        self._outer_error: BaseException | None = None
+        self._calls: list[_Call] = []
         self._called: set[Unit] = set()
-        self._history: list[list[Unit]] = []
-        self._cursor: Cursor[Unit] | None = None
-        self._skipped: list[Unit] = []
+        self._uneven = 0
+        self._rerun: set[Unit] = set()
         self._entries: dict[torch.nn.Module, int] = {}
         self._hooks: list[Any] = []
         self._attach(model)
@@ -91,65 +108,86 @@ class Flow:
 
     def _hooks_of(self, units: Sequence[Unit]) -> tuple[Any, Any]:
         # A compiler is not to look into these: it leaves the graph for them.
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._enter(module, units, args, kwargs)
+            if module in self._entries:  # a copy of the model has copies of its hooks
+                self._enter(module, units, args, kwargs)
 
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def leave(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._leave(units, output)
+            if module in self._entries:
+                self._leave(units, output)
 
         return enter, leave
 
     def _enter(self, module: torch.nn.Module, units: Sequence[Unit], args: Any, kwargs: Mapping[str, Any]) -> None:
-        again = in_backward()
-        if not again:
-            if self._depth == 0:
-                self._outer_error = sys.exc_info()[1]
-                self._begin_pass(module)
-            self._depth += 1
+        if in_backward():
+            for unit in units:
+                self._backward.arrive(unit)
+                if torch.is_grad_enabled() and not unit.plan.whole_pass:
+                    self._watch_rerun_inputs(unit, args, kwargs)
+            return
+        if self._calls and module is self._model:
+            self._fail()  # nothing calls the model itself: an interrupt has left what was running
+        if not self._calls:
+            self._begin_pass(module)
+        self._calls.append(_Call(units, sys.exc_info()[1]))
+        assert self._pass is not None
         for unit in units:
-            if again:
-                self._come_to(unit)
-            else:
-                assert self._pass is not None
-                self._pass.demand(unit)
-                if unit in self._called and not unit.plan.whole_pass:
-                    unit.repeated = True
-                self._called.add(unit)
+            self._pass.demand(unit)
+            if unit in self._called and not unit.plan.whole_pass:
+                unit.repeated = True
+            self._called.add(unit)
+            if self._kind[1]:
+                self._backward.ran.add(unit)
             if torch.is_grad_enabled() and not unit.plan.whole_pass:
-                self._watch_inputs(unit, args, kwargs, again=again)
+                self._watch_inputs(unit, args, kwargs)
 
     def _leave(self, units: Sequence[Unit], output: Any) -> None:
-        if torch.is_grad_enabled():
-            for unit in units:
-                self._watch_outputs(unit, output)
         if in_backward():
+            if torch.is_grad_enabled():
+                for unit in units:
+                    self._watch_rerun_outputs(unit, output)
             return
-        self._depth -= 1
-        if sys.exc_info()[1] is not self._outer_error:
-            self._pass = None  # the pass has failed: no rank may be waited for
+        if not self._calls:
+            return  # it has not got as far as to be called
+        call = self._calls.pop()
+        if sys.exc_info()[1] is not call.error:
+            if not self._calls:
+                self._fail()
             return
+        assert self._pass is not None
         for unit in units:
-            if not unit.plan.whole_pass and not self._stays(unit):
-                if torch.is_grad_enabled():
-                    unit.keep()
-                unit.release()
-        if self._depth == 0:
+            if torch.is_grad_enabled():
+                for tensor in _differentiable(output):
+                    tensor.register_hook(self._announcing(unit))
+            if not (unit.plan.whole_pass or unit.repeated or self._pass.stays(unit)) and not self._is_running(unit):
+                self._put_away(unit)
+        if not self._calls:
             self._end_pass()
 
-    def _stays(self, unit: Unit) -> bool:
-        """Return whether a unit that has run is still wanted."""
-        if torch.is_grad_enabled() and not self._reshard:
-            return True
-        if unit.repeated:
-            return True  # until the pass is over
-        return torch.is_grad_enabled() and isinstance(self._pass, KnownPass) and unit is self._pass.last
+    def _is_running(self, unit: Unit) -> bool:
+        return any(unit in call.units for call in self._calls)
+
+    def _in_use(self, unit: Unit) -> bool:
+        """Return whether a forward pass that is still open wants a unit: models may differentiate within forward."""
+        if self._pass is None:
+            return False
+        expected = isinstance(self._pass, KnownPass) and self._pass.expects(unit)
+        return expected or self._is_running(unit) or (unit.plan.whole_pass and unit in self._called)
+
+    def _put_away(self, unit: Unit) -> None:
+        """Free a unit in a forward pass; all ranks keep their secondary slices, whatever they have run."""
+        unit.wait()
+        if self._kind[1]:
+            unit.keep()
+        unit.release()
 
     # --- forward passes ------------------------------------------------------------
 
     def _begin_pass(self, module: torch.nn.Module) -> None:
         kind = (self._entries[module], torch.is_grad_enabled())
+        self._catch_up()
         if self._uneven:
             self._agree(kind)
         self._open_pass(kind)
@@ -159,121 +197,97 @@ class Flow:
         self._kind = kind
         order = self._orders.get(kind)
         if order is None:
-            self._pass = FirstPass(self._units, self._ballot)
-        else:
-            self._pass = KnownPass(order, self._prefetch)
+            self._pass = FirstPass(self._units, self._rounds)
+            return
+        self._pass = known = KnownPass(
+            order,
+            self._prefetch,
+            rounds=self._rounds,
+            put_away=self._put_away,
+            stays=lambda unit: kind[1] and (not self._reshard or unit is known.last),
+        )
 
     def _end_pass(self) -> None:
-        current, self._pass = self._pass, None
+        current = self._pass
         assert current is not None
-        if isinstance(current, FirstPass):
-            order = self._orders[self._kind] = current.finish()
-        else:
-            order = current.finish(keep=current.last if self._kind[1] else None)
-        if self._kind[1]:
-            self._history.append(order)
-            for unit in self._units:
-                if unit.repeated and self._reshard:
-                    unit.keep()
-                    unit.release()
-        else:
+        order = self._orders[self._kind] = current.finish()
+        self._pass = None
+        with_gradients = self._kind[1]
+        if with_gradients:
+            self._backward.history.append(order)
+        for unit in self._units:
+            if not unit.here or (with_gradients and (unit.plan.whole_pass or current.stays(unit))):
+                continue
+            if not self._backward.lasting:
+                self._put_away(unit)
+
+    def _fail(self) -> None:
+        """Note that the pass has failed. Other ranks may be gone, so nobody is waited for now."""
+        self._failed, self._pass = self._pass, None
+        self._calls.clear()
+
+    def _catch_up(self) -> None:
+        """After a failure that somebody caught: take part in what the other ranks have gathered since."""
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            failed.finish()
             for unit in self._units:
                 if unit.here:
                     unit.release()
+        self._backward.abandon()
 
     # --- backward ------------------------------------------------------------------
 
-    def _watch_outputs(self, unit: Unit, output: Any) -> None:
-        """Ask for the unit when the gradient of one of its outputs is there."""
-        for tensor in tensors_in(output):
-            if tensor.requires_grad:
-                tensor.register_hook(lambda grad, unit=unit: self._come_to(unit))
+    def _announcing(self, unit: Unit) -> Callable[[torch.Tensor], None]:
+        """Return a hook for outputs of a unit: their gradients announce it."""
 
-    def _watch_inputs(self, unit: Unit, args: Any, kwargs: Any, *, again: bool) -> None:
+        def arrived(grad: torch.Tensor) -> None:
+            if torch.is_grad_enabled():
+                self._backward.lasting = True  # create_graph: the weights are needed once more
+            self._backward.arrive(unit)
+
+        return arrived
+
+    def _watch_inputs(self, unit: Unit, args: Any, kwargs: Any) -> None:
         """Take note of when the gradient of one of its inputs is there: then all after it is done."""
-        if again and unit.open_calls:
-            return  # the call that is being repeated watches already
-        # A leaf's gradient may be there before the rest is done, but what runs again has no others.
-        tensors = [t for t in tensors_in((args, kwargs)) if t.requires_grad and (again or t.grad_fn is not None)]
+        # A leaf's gradient may be there before the rest is done.
+        tensors = [tensor for tensor in _differentiable((args, kwargs)) if tensor.grad_fn is not None]
         if not tensors:
             return
         unit.open_calls += 1
-        call = [True]
-
-        def arrived(grad: torch.Tensor, *, leaf: bool) -> None:
-            if call:
-                call.clear()
-                self._close_call(unit, over=not leaf)
-
+        arrived = _once(lambda: self._backward.close(unit))
         for tensor in tensors:
-            tensor.register_hook(partial(arrived, leaf=tensor.grad_fn is None))
+            tensor.register_hook(lambda grad: arrived())
 
-    def _come_to(self, unit: Unit) -> None:
-        """Backward comes to a unit: bring it here, and start what is due."""
-        self._begin_backward()
-        assert self._cursor is not None
-        for step in self._cursor.through(unit):
-            self._run(step)
-        unit.gather()
-        if unit in self._skipped:
-            self._skipped.remove(unit)
-        unit.wait()
-
-    def _begin_backward(self) -> None:
-        if self._cursor is not None:
+    def _watch_rerun_inputs(self, unit: Unit, args: Any, kwargs: Any) -> None:
+        """Watch the inputs of what activation checkpointing runs again, unless its first run is watched."""
+        if unit.open_calls > 0 or unit.repeated:  # how many calls of it are to come is not known: it stays
             return
-        whole = [unit for unit in self._units if unit.plan.whole_pass]
-        reducing = {unit for unit in self._units if unit.gradients} if self._reducing() else set()
-        steps, marks = backward_steps(self._history, whole, prefetch=self._prefetch, reducing=reducing)
-        for unit in self._units:
-            unit.done = False
-        self._history = []
-        self._cursor = Cursor(steps, marks)
-        after_backward(self._end_backward)
+        self._watch_inputs(unit, args, kwargs)
+        if unit.open_calls <= 0 and any(True for _ in _differentiable((args, kwargs))):
+            self._rerun.add(unit)
 
-    def _run(self, step: Step[Unit]) -> None:
-        unit = step.unit
-        if step.kind == "gather":
-            if not unit.here:
-                unit.gather()
-                self._skipped.append(unit)
+    def _watch_rerun_outputs(self, unit: Unit, output: Any) -> None:
+        """Announce the unit in the backward pass of what was run again.
+
+        Reentrant checkpointing cuts the inputs off as leaves. Their gradients may be there
+        before the rest is done, so the end of its own, inner backward pass ends the call.
+        """
+        tensors = list(_differentiable(output))
+        announce = self._announcing(unit)
+        for tensor in tensors:
+            tensor.register_hook(announce)
+        if unit not in self._rerun:
             return
-        unit.send()
-        if unit in self._skipped:  # this rank did not come to it
-            self._skipped.remove(unit)
-            unit.release()
-
-    def _close_call(self, unit: Unit, *, over: bool) -> None:
-        unit.open_calls -= 1
-        if unit.open_calls <= 0 and over:
-            unit.done = True
-            self.completed()
-        if unit.open_calls <= 0 or not unit.repeated:
-            unit.release()
+        self._rerun.discard(unit)
+        unit.open_calls += 1
+        arrived = _once(lambda: after_backward(lambda: self._backward.close(unit)))
+        for tensor in tensors:
+            tensor.register_hook(lambda grad: arrived())
 
     def completed(self) -> None:
         """Reduce what is complete, as far as the order allows."""
-        if self._cursor is None:
-            return
-        while (step := self._cursor.peek()) is not None and step.kind == "reduce" and step.unit.complete:
-            self._run(self._cursor.advance())
-
-    def _end_backward(self) -> None:
-        if self._cursor is None:
-            return
-        for step in self._cursor.rest():
-            if step.kind == "gather" and not step.unit.here:
-                # Others may gather it.
-                step.unit.gather()
-            elif step.kind == "reduce":
-                step.unit.send()
-        self._cursor = None
-        self._skipped.clear()
-        for unit in self._units:
-            unit.open_calls = 0
-            if unit.here:
-                unit.release()
-        self._reduced()
+        self._backward.completed()
 
     # --- ranks that run different numbers of passes ------------------------------------
 
@@ -283,6 +297,7 @@ class Flow:
 
         Whoever is through serves the others' gathers until all are.
         """
+        self._catch_up()
         self._uneven += 1
         try:
             yield
@@ -318,9 +333,10 @@ class Flow:
 
     def reset(self) -> None:
         """Forget passes whose backward never came, and free what they left."""
-        self._history = []
-        self._cursor = None
-        self._depth = 0
+        if self._pass is not None:
+            self._fail()
+        self._catch_up()
+        self._backward.forget()
         for unit in self._units:
             unit.open_calls = 0
             unit.forget_kept()
@@ -331,6 +347,22 @@ class Flow:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _once(action: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that acts when it is called first."""
+    waiting = [action]
+
+    def act() -> None:
+        if waiting:
+            waiting.pop()()
+
+    return act
+
+
+def _differentiable(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors with gradients of a nest."""
+    return (tensor for tensor in tensors_in(value) if tensor.requires_grad)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

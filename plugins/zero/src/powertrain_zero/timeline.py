@@ -26,7 +26,12 @@ class Step(Generic[U]):
 
 
 def backward_steps(
-    passes: Sequence[Sequence[U]], last: Sequence[U], *, prefetch: int, reducing: Collection[U]
+    passes: Sequence[Sequence[U]],
+    last: Sequence[U],
+    *,
+    prefetch: int,
+    reducing: Collection[U],
+    here: Collection[U] | None = None,
 ) -> tuple[list[Step[U]], list[tuple[U, int]]]:
     """Write down a backward pass.
 
@@ -35,6 +40,8 @@ def backward_steps(
         last: units that are gathered throughout; reduced at the end.
         prefetch: how many units are gathered ahead.
         reducing: the units whose gradients are reduced in this backward pass.
+        here: units that need no gather on their first visit, and of ``last`` no gather at all; the
+            others of ``last`` are gathered first. None: nothing is said of ``last``, and no other is here.
 
     Returns:
         The steps; and for each unit in order of backward, the number of steps that
@@ -45,10 +52,18 @@ def backward_steps(
     final = {unit: place for place, unit in enumerate(backward)}
     steps: list[Step[U]] = []
     marks: list[tuple[U, int]] = []
+    if here is not None:
+        ran = {unit for units in passes for unit in units}
+        steps = [Step("gather", unit) for unit in late if unit in ran and unit not in here]
+        marks = [(step.unit, len(steps)) for step in steps]
+    present = set(here or ())
     gathered = 0
     for place, unit in enumerate(backward):
         while gathered < min(len(backward), place + 1 + prefetch):
-            steps.append(Step("gather", backward[gathered]))
+            if backward[gathered] in present:
+                present.remove(backward[gathered])
+            else:
+                steps.append(Step("gather", backward[gathered]))
             gathered += 1
         marks.append((unit, len(steps)))
         if unit in reducing and final[unit] == place:

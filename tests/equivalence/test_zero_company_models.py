@@ -1,0 +1,117 @@
+"""Models of other libraries, as they are, under sharding: each trains as in a plain loop."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import company
+import hugging
+import pytest
+import sharded
+import threads
+import torch
+
+import powertrain
+
+NAMES = ["gpt2", "llama", "mixtral", "t5", "bert"]
+STAGES = [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hugging_face_models_unchanged(name: str) -> None:
+    """Tied embeddings, experts, encoder and decoder: at every stage the plain loop's parameters."""
+    batches = [hugging.micros(2)] * company.STEPS
+    cases = [(batches, company.config(stage), {"name": name}) for stage in STAGES]
+    if name in ("gpt2", "llama"):
+        cases.append((batches, company.config(3), {"name": name, "attention": "sdpa"}))
+    # gradient_checkpointing_enable:
+    cases += [(batches, company.config(3), {"name": name, "checkpoint": how}) for how in ("plain", "reentrant")]
+    theirs = company.plain_loop(hugging.make, batches, None, name=name)
+    for parts in zip(*threads.run(2, company.train_many, hugging.make, cases, None), strict=True):
+        company.equal(parts, theirs)
+
+
+def adapters(settings: dict[str, Any], batches: list[list[Any]], **kwargs: Any) -> dict[str, Any]:
+    """Train adapters on a frozen model, and count the memory of what is frozen; run on every rank."""
+    with company.start(hugging.make, settings, lora=True, **kwargs) as engine:
+        params = list(engine.module.parameters())
+        frozen = sum(param.numel() for param in params if not param.requires_grad)
+        trained = sum(param.numel() for param in params if param.requires_grad)
+        for micros in batches:
+            engine.train_step(iter(company.mine(engine, micros)))
+        state = engine.optimizer_wrapper.optimizer.state
+        return {
+            "slices": sharded.slices(engine),
+            "state": sum(value.numel() for entry in state.values() for value in entry.values() if value.ndim),
+            "frozen": frozen,
+            "trained": trained,
+            "live": company.live_bytes(),
+        }
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_lora_on_a_frozen_model(name: str) -> None:
+    """Only adapters train; the frozen rest has no gradient and no optimizer state, and rests in pieces."""
+    batches = [hugging.micros(2)] * company.STEPS
+    theirs = company.plain_loop(hugging.make, batches, None, name=name, lora=True)
+    before = {n: p.detach().clone() for n, p in hugging.make(name=name, lora=True).named_parameters()}
+    results = threads.run(2, adapters, company.config(3), batches, name=name)
+    company.equal([result["slices"] for result in results], theirs)
+    assert any(not torch.equal(theirs[n], before[n]) for n in before if "lora" in n)
+    found = sharded.parameters([result["slices"] for result in results])
+    assert all(torch.equal(found[n], before[n]) for n in before if "lora" not in n)
+    assert sum(result["state"] for result in results) == 2 * results[0]["trained"]
+
+
+PROMPTS = [[5, 9, 11], [7, 3, 8]]
+
+
+def generation(stage: int, batches: list[list[Any]], name: str) -> dict[str, Any]:
+    """Generate, each rank from its own prompt and to its own end, then train on; run on every rank."""
+    with company.start(hugging.make, company.config(stage), name=name) as engine:
+        ids = torch.tensor([PROMPTS[engine.data_rank]])
+        said = []
+        for micros in batches:
+            engine.module.eval()
+            for length in [2 + 9 * engine.data_rank, 11 - 9 * engine.data_rank, 4]:
+                options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+                said.append(engine.module.generate(input_ids=ids, **options).tolist())
+            engine.train_step(iter(company.mine(engine, micros)))
+        return {"slices": sharded.slices(engine), "said": said}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_generate(name: str) -> None:
+    """Ranks that stop after 2 and 11 tokens do not wait for ever, say what the whole model says, and train on."""
+    batches = [hugging.micros(2)] * 2
+    results = threads.run(2, generation, 3, batches, name)
+    company.equal([r["slices"] for r in results], company.plain_loop(hugging.make, batches, None, name=name))
+    model = hugging.make(name=name).eval()
+    for rank, result in enumerate(results):
+        ids = torch.tensor([PROMPTS[rank]])
+        for place, length in enumerate([2 + 9 * rank, 11 - 9 * rank, 4]):
+            options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+            assert result["said"][place] == model.generate(input_ids=ids, **options).tolist()
+
+
+def copies(stage: int) -> list[Any]:
+    """Copy a model that an engine holds; run on every rank."""
+    ids = torch.tensor([PROMPTS[0]])
+    with company.start(hugging.make, company.config(stage), name="gpt2") as engine:
+        with powertrain.full(engine):
+            copied: Any = copy.deepcopy(engine.module)
+        if engine.data_rank == 0:  # alone: the copy is no part of the engine
+            options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+            said = copied.generate(input_ids=ids, **options).tolist()
+            copied(input_ids=ids, labels=ids).loss.backward()
+            return [said, all(param.grad is not None for param in copied.parameters())]
+    return []
+
+
+def test_a_copy_is_free() -> None:
+    """A copy made inside powertrain.full runs, generates and trains by itself, on one rank alone."""
+    found = threads.run(2, copies, 3)[0]
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    said = hugging.make(name="gpt2").generate(input_ids=torch.tensor([PROMPTS[0]]), **options).tolist()
+    assert found == [said, True]
