@@ -47,7 +47,7 @@ def run(tmp_path, body, *, n=2, watched=False, timeout=30.0, torch_timeout=30.0)
         processes.append((process, files))
     try:
         for process, _ in processes:
-            process.wait(60)
+            process.wait(120)
     finally:
         for process, files in processes:
             process.kill()
@@ -78,15 +78,50 @@ comm.close()
 """
 
 
+NAMES = {"gather": "all_gather", "scatter": "reduce_scatter"}
+
+
 @pytest.mark.parametrize("operation", ["gather", "scatter"])
-@pytest.mark.parametrize("before", ["time.sleep(0.5)", "handle = start()"])
-def test_a_peer_that_dies_in_an_exchange_is_told(tmp_path, operation, before):
-    """A rank that is killed before or amid an exchange leaves the others with PeerFailed, and with no result."""
-    ends = run(tmp_path, DIES.format(operation=operation, before=before), n=3)
+def test_a_peer_that_dies_before_an_exchange_is_told(tmp_path, operation):
+    """A rank that is killed before it comes leaves the others with PeerFailed."""
+    ends = run(tmp_path, DIES.format(operation=operation, before="time.sleep(0.5)"), n=3)
     assert ends[2][0] == -signal.SIGKILL
-    name = {"gather": "all_gather", "scatter": "reduce_scatter"}[operation]
     for code, out, err in ends[:2]:
-        assert (code, out.strip()) == (0, f"PT504 {name} of 'w' lost the connection to another rank"), err
+        assert (code, out.strip()) == (0, f"PT504 {NAMES[operation]} of 'w' lost the connection to another rank"), err
+
+
+@pytest.mark.parametrize("operation", ["gather", "scatter"])
+def test_a_peer_that_dies_amid_an_exchange_is_told(tmp_path, operation):
+    """A rank that is killed amid an exchange leaves the others with an error, and with no result.
+
+    That is PeerFailed, or a timeout where it had sent all that it had to send, and was receiving.
+    """
+    ends = run(tmp_path, DIES.format(operation=operation, before="handle = start()"), n=3, torch_timeout=10.0)
+    assert ends[2][0] == -signal.SIGKILL
+    lost, late = (f" {NAMES[operation]} of 'w' {what}" for what in ("lost the connection", "did not finish in time"))
+    for code, out, err in ends[:2]:
+        assert code == 0, err
+        assert out.startswith(("PT504" + lost, "PT502" + late)), err
+
+
+def test_a_connection_that_breaks_within_a_message_is_told(tmp_path):
+    """A rank that dies between the two parts of a long message is found at once, not when time is up."""
+    body = """
+    from powertrain_comm.pairwise import TAGS, TAIL
+    if me == 1:
+        head = torch.ones(big)[: -TAIL // 4]
+        comm._groups["data"].handle.send([head], 0, TAGS["all_gather"]).wait()
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        comm.all_gather(torch.empty(n * big), torch.ones(big), label="w").wait()
+    except CommunicationError as error:
+        comm.report(error)
+        print(error.code, time.monotonic() - start < 20, flush=True)
+    comm.close()
+    """
+    assert run(tmp_path, body)[0][:2] == (0, "PT504 True\n")
 
 
 def test_a_peer_that_never_comes_is_a_timeout(tmp_path):

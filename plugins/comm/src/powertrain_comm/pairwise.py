@@ -35,7 +35,9 @@ TAIL = 64
 
 When a connection breaks amid a message, gloo tells nobody who waits for that
 message: only those who wait for one that has not begun. The second part is
-such a one, and it is waited for first.
+such a one, and it is waited for first. What is left unseen until the timeout
+(or until the launcher ends the run) is a peer that dies when it has sent
+everything and is still receiving: gloo never tells a sender.
 """
 
 NARROW = (torch.bfloat16, torch.float16)
