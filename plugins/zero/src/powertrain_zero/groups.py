@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import attrs
 
 from powertrain.errors import ShardingError
@@ -93,13 +95,23 @@ def hops(config: ZeroConfig, groups: Groups, communicator: Communicator, local_s
     """
     node = config.node
     if node is None:
-        # Neighbours along the shards need not be neighbours on the host: other dimensions lie between.
-        host = communicator.rank // local_size
-        node = sum(peer // local_size == host for peer in communicator.mesh.peers(groups.shard))
-        if groups.shards % node:
-            node = groups.shards
+        node = _shards_on_a_host(groups, communicator, local_size)
     else:
         check_divides("node", node, groups.shards, grouped=groups.replica is not None)
     if node in (1, groups.shards):
         return (groups.shard,)
     return communicator.split(groups.shard, node)
+
+
+def _shards_on_a_host(groups: Groups, communicator: Communicator, local_size: int) -> int:
+    """Return how many ranks along the shards each host runs; all of them where hosts differ."""
+    local_sizes = communicator.gather_json(local_size, label="ranks on each host")
+    if len(set(local_sizes)) > 1:
+        return groups.shards
+    # Neighbours along the shards need not be neighbours on the host: other dimensions lie between.
+    counts = {
+        count
+        for ranks in communicator.mesh.groups(groups.shard)
+        for count in Counter(rank // local_size for rank in ranks).values()
+    }
+    return counts.pop() if len(counts) == 1 else groups.shards
