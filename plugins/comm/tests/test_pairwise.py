@@ -15,7 +15,7 @@ from powertrain.errors import CommunicationError
 from powertrain.mesh import Mesh
 from powertrain.roles.communicator import Collective, Done, Handles
 from powertrain_comm.pairwise import BLOCK, LONG, Exchange, reduce_into
-from powertrain_comm.pool import KEPT, BufferPool
+from powertrain_comm.pool import GRAIN, KEPT, BufferPool
 from powertrain_comm.transport import TorchCommunicator
 from powertrain_comm.watchdog.records import Ledger
 
@@ -276,23 +276,31 @@ def test_a_failed_exchange_stays_failed():
 
 
 def test_the_pool_lends_each_buffer_to_one():
-    """What is lent is not lent again before it is given back; then it is; idle ones are few."""
+    """What is lent is not lent again before it is given back; then it is, for sizes down to half of its own."""
     pool = BufferPool()
     first, second = pool.take(5000), pool.take(5000)
     assert first.data_ptr() != second.data_ptr()
-    assert first.numel() == 8192
+    assert first.numel() == 2 * GRAIN
     place = first.data_ptr()
     pool.give(first)
     assert pool.take(8000).data_ptr() == place
-    assert pool.take(1).numel() == pool.take(4096).numel() == 4096
-    lent = [pool.take(100) for _ in range(KEPT + 3)]
+    pool.give(first)
+    assert pool.take(1).data_ptr() == place
+    pool.give(pool.take(3 * GRAIN))
+    assert pool.take(1).numel() == GRAIN  # three times as much would be a waste
+    pool.clear()
+    assert pool.take(3 * GRAIN).numel() == 3 * GRAIN
+
+
+def test_the_pool_keeps_little():
+    """Idle buffers together hold no more than the limit, the last used ones; a larger one is never kept."""
+    pool = BufferPool()
+    lent = [pool.take(KEPT // 4) for _ in range(6)]
     for buffer in lent:
         pool.give(buffer)
-    places = {pool.take(100).data_ptr() for _ in range(KEPT)}
-    assert places == {buffer.data_ptr() for buffer in lent[:KEPT]}
-    pool.give(lent[0])
-    pool.clear()
-    assert pool.take(100).data_ptr() != lent[0].data_ptr()
+    pool.give(pool.take(2 * KEPT))
+    places = {pool.take(KEPT // 4).data_ptr() for _ in range(4)}
+    assert places == {buffer.data_ptr() for buffer in lent[2:]}
 
 
 def test_the_watchdog_concludes_nothing_from_an_exchange_that_nobody_waits_for():

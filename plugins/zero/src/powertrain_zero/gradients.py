@@ -62,6 +62,10 @@ class BufferPool:
         if buffer.numel() == self._kept_size and len(self._free) < IN_FLIGHT:
             self._free.append(buffer)
 
+    def trim(self) -> None:
+        """Free what nobody uses: between steps there are no gradients on their way."""
+        self._free.clear()
+
 
 class FlatGradients:
     """Collects and reduces the gradients of one flat.
