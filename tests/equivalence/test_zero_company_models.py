@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import company
@@ -25,43 +26,50 @@ def test_hugging_face_models_unchanged(name: str) -> None:
     cases = [(batches, company.config(stage), {"name": name}) for stage in STAGES]
     if name in ("gpt2", "llama"):
         cases.append((batches, company.config(3), {"name": name, "attention": "sdpa"}))
-    # gradient_checkpointing_enable:
+    # What used to be called gradient_checkpointing_enable:
     cases += [(batches, company.config(3), {"name": name, "checkpoint": how}) for how in ("plain", "reentrant")]
     theirs = company.plain_loop(hugging.make, batches, None, name=name)
     for parts in zip(*threads.run(2, company.train_many, hugging.make, cases, None), strict=True):
         company.equal(parts, theirs)
+    four = [hugging.micros(4)] * company.STEPS
+    theirs = company.plain_loop(hugging.make, four, None, name=name)
+    for world in (1, 4):
+        settings = company.config(3, accumulation=4 // world)
+        company.equal(threads.run(world, company.train, hugging.make, four, settings, None, name=name), theirs)
 
 
-def adapters(settings: dict[str, Any], batches: list[list[Any]], **kwargs: Any) -> dict[str, Any]:
+def adapters(settings: dict[str, Any], batches: list[list[Any]], gate: Any, **kwargs: Any) -> dict[str, Any]:
     """Train adapters on a frozen model, and count the memory of what is frozen; run on every rank."""
     with company.start(hugging.make, settings, lora=True, **kwargs) as engine:
-        params = list(engine.module.parameters())
-        frozen = sum(param.numel() for param in params if not param.requires_grad)
-        trained = sum(param.numel() for param in params if param.requires_grad)
         for micros in batches:
             engine.train_step(iter(company.mine(engine, micros)))
+        gate.wait()
+        live = company.live_bytes() if engine.data_rank == 0 else 0  # of all ranks: they are threads
+        gate.wait()
         state = engine.optimizer_wrapper.optimizer.state
-        return {
-            "slices": sharded.slices(engine),
-            "state": sum(value.numel() for entry in state.values() for value in entry.values() if value.ndim),
-            "frozen": frozen,
-            "trained": trained,
-            "live": company.live_bytes(),
-        }
+        moments = sum(value.numel() for entry in state.values() for value in entry.values() if value.ndim)
+        return {"slices": sharded.slices(engine), "moments": moments, "live": live}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_lora_on_a_frozen_model(name: str) -> None:
     """Only adapters train; the frozen rest has no gradient and no optimizer state, and rests in pieces."""
     batches = [hugging.micros(2)] * company.STEPS
-    theirs = company.plain_loop(hugging.make, batches, None, name=name, lora=True)
-    before = {n: p.detach().clone() for n, p in hugging.make(name=name, lora=True).named_parameters()}
-    results = threads.run(2, adapters, company.config(3), batches, name=name)
+    arguments: dict[str, Any] = {"name": name, "width": 64}
+    theirs = company.plain_loop(hugging.make, batches, None, lora=True, **arguments)
+    before = {n: p.detach().clone() for n, p in hugging.make(lora=True, **arguments).named_parameters()}
+    trained = sum(tensor.numel() for n, tensor in before.items() if "lora" in n)
+    frozen = sum(tensor.numel() for n, tensor in before.items() if "lora" not in n)
+    assert frozen > 6 * trained
+    live = company.live_bytes()
+    results = threads.run(2, adapters, company.config(3), batches, threading.Barrier(2), **arguments)
     company.equal([result["slices"] for result in results], theirs)
     assert any(not torch.equal(theirs[n], before[n]) for n in before if "lora" in n)
     found = sharded.parameters([result["slices"] for result in results])
     assert all(torch.equal(found[n], before[n]) for n in before if "lora" not in n)
-    assert sum(result["state"] for result in results) == 2 * results[0]["trained"]
+    assert sum(result["moments"] for result in results) == 2 * trained
+    # One copy of what is frozen; of what is trained value, gradient, two moments, and lent buffers.
+    assert results[0]["live"] - live < 4 * (1.1 * frozen + 9 * trained)
 
 
 PROMPTS = [[5, 9, 11], [7, 3, 8]]

@@ -59,15 +59,16 @@ class Stack(nn.Module):
         checkpoint: how blocks are run again in backward: not at all, "plain", "reentrant", "segments" of two,
             or "reentrant segments".
         width: of the blocks.
+        inplace: each block writes into its input.
 
     Attributes:
         raise_at: the place in the order at which the model raises; -1 for none.
     """
 
-    def __init__(self, count: int = 4, checkpoint: str | None = None, width: int = WIDTH) -> None:
+    def __init__(self, count: int = 4, checkpoint: str | None = None, width: int = WIDTH, inplace: bool = True) -> None:
         super().__init__()
         self.first = nn.Linear(plain.FEATURES, width)
-        self.blocks = nn.ModuleList(Block(width, inplace=checkpoint is None) for _ in range(count))
+        self.blocks = nn.ModuleList(Block(width, inplace=inplace and checkpoint is None) for _ in range(count))
         self.idle = nn.Linear(3, 3)
         self.head = nn.Linear(width, plain.CLASSES)
         self.checkpoint = checkpoint
@@ -244,10 +245,10 @@ def live_bytes() -> int:
     gc.collect()
     storages: dict[int, int] = {}
     for value in gc.get_objects():
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
-            storage = torch.Tensor.untyped_storage(value) if type(value) is torch.Tensor else None
-            if storage is not None and storage.nbytes():
-                storages[storage.data_ptr()] = storage.nbytes()
+        # Asked for its very type: a freed parameter has no memory, and deprecated objects warn of a longer look.
+        if type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

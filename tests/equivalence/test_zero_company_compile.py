@@ -1,0 +1,79 @@
+"""torch.compile, block by block, under sharding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import company
+import pytest
+import sharded
+import torch
+from torch import nn
+
+import powertrain
+
+PLAIN = [0, 1, 2]
+
+
+def make(how: str, backend: Any) -> Any:
+    """Return a stack whose blocks are compiled in place, or replaced by compiled ones."""
+    model = company.make_stack(count=3, inplace=False)
+    for number, block in enumerate(model.blocks):
+        if how == "in place":
+            block.compile(backend=backend)
+        else:
+            model.blocks[number] = torch.compile(block, backend=backend)
+    return model
+
+
+def compiled(cases: list[tuple[int, str, str]], batches: list[list[Any]]) -> list[dict[str, Any]]:
+    """Train compiled blocks, one engine after the other; run on every rank."""
+    results = []
+    for stage, how, backend in cases:
+        torch.compiler.reset()
+        graphs: list[int] = []
+
+        def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], graphs: list[int] = graphs) -> Any:
+            graphs.append(len(graph.graph.nodes))
+            return graph.forward
+
+        model = make(how, count if backend == "counted" else backend)
+        with powertrain.initialize(model, company.config(stage), loss_fn=nn.functional.cross_entropy) as engine:
+            for micros in batches:
+                engine.train_step(iter(company.mine(engine, micros)))
+            units = [unit.name for unit in getattr(engine.optimizer_wrapper, "units", [])]
+            results.append({"slices": sharded.slices(engine), "units": units, "graphs": graphs})
+    return results
+
+
+def check(ranks: Any, cases: list[tuple[int, str, str]]) -> None:
+    batches = [company.stack_micros([PLAIN, PLAIN])] * company.STEPS
+    theirs = company.plain_loop(company.make_stack, batches, count=3, inplace=False)
+    for case, results in zip(
+        cases, zip(*ranks.run(2, compiled, [cases, batches], timeout=200.0), strict=True), strict=True
+    ):
+        stage, how, _ = case
+        found = sharded.parameters([result["slices"] for result in results])
+        if how == "wrapped":
+            # torch.compile puts a module around each block, and its name is part of every name below it.
+            assert all("._orig_mod." in name for name in found if name.startswith("blocks."))
+            found = {name.replace("._orig_mod", ""): tensor for name, tensor in found.items()}
+        assert found.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert float((found[name] - tensor).norm() / tensor.norm()) <= 1e-6, (case, name)
+        if case[2] == "counted":
+            assert all(max(result["graphs"]) > 8 for result in results), "the blocks were not compiled"
+        if stage == 3:
+            assert [name for name in results[0]["units"] if name.startswith("blocks")] == [f"blocks.{n}" for n in PLAIN]
+
+
+def test_compiled_blocks(ranks: Any) -> None:
+    """block.compile() and torch.compile(block) before initialize: the plain loop's result at every stage."""
+    cases = [(stage, how, "aot_eager") for how in ("in place", "wrapped") for stage in (1, 2, 3)]
+    check(ranks, [*cases, (3, "in place", "counted"), (3, "wrapped", "counted")])
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code(ranks: Any) -> None:
+    """The same with the default backend, at stage 3."""
+    check(ranks, [(3, "in place", "inductor"), (3, "wrapped", "inductor")])
