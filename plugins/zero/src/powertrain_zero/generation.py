@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,7 +55,7 @@ class Together:
         self.shadowed = module.__dict__.get("generate")
         self._module = module
         self._flow = flow
-        self._generate: Any = module.generate
+        self._generate = cast("Callable[..., Any]", module.generate)
         functools.update_wrapper(self, self._generate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
