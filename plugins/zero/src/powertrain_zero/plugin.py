@@ -9,6 +9,7 @@ from powertrain.plugin import Plugin
 from powertrain_zero.config import ZeroConfig
 
 if TYPE_CHECKING:
+    import click
     import torch
 
     from powertrain.context import Context
@@ -28,3 +29,14 @@ class ZeroPlugin(Plugin[ZeroConfig]):
         from powertrain_zero.sharded import ShardedOptimizer
 
         return ShardedOptimizer(model, optimizer, self.config, context)
+
+    @staticmethod
+    @hookimpl
+    def add_commands(cli: click.Group) -> None:
+        """Add ``powertrain plan``: it is here because only this plugin knows how memory is laid out.
+
+        It needs no object: without a configuration, none can be made.
+        """
+        from powertrain_zero.plan_command import plan
+
+        cli.add_command(plan)

@@ -1,0 +1,154 @@
+"""What an optimizer keeps for each parameter, found by running one step of it; and what a process needs by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from powertrain.errors import OptimizerError, PowertrainError
+from powertrain_zero.plan_settings import Settings, make_recipe, optimizer_factory
+
+if TYPE_CHECKING:
+    import torch
+
+SIDES = ((), (1009,), (31, 37), (7, 11, 13), (5, 7, 11, 13))
+"""The probed parameters by number of dimensions: no side has another's length, so state tells which sides it has."""
+
+
+@attrs.frozen
+class StateTensor:
+    """A tensor that the optimizer keeps for a parameter.
+
+    Attributes:
+        sides: which of the parameter's sides it has, by place.
+        rest: the product of its other sides.
+        itemsize: bytes of an element.
+        converts: whether it may rest in another format than the masters.
+    """
+
+    sides: tuple[int, ...]
+    rest: int
+    itemsize: int
+    converts: bool
+
+    def numel(self, shape: Sequence[int]) -> int:
+        """Return its elements for a parameter of some shape."""
+        return self.rest * math.prod(shape[side] for side in self.sides)
+
+
+@attrs.frozen
+class OptimizerFacts:
+    """What one optimizer needs.
+
+    Attributes:
+        name: its class.
+        granularity: what its update must see at once.
+        states: what it keeps for parameters of 1, 2, 3 and 4 dimensions.
+        temporary: bytes that live only within a step, for each element of the parameter that is updated.
+        process: bytes that a process needs before it has tensors; 0 when unknown.
+    """
+
+    name: str
+    granularity: str
+    states: tuple[tuple[StateTensor, ...], ...]
+    temporary: float
+    process: int
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int | None = None) -> int:
+        """Return what it keeps for a parameter of some shape.
+
+        Args:
+            shape: the parameter's.
+            itemsize: bytes of an element where state rests in another format than the masters.
+        """
+        shape = tuple(shape) or (1,)
+        if len(shape) > len(self.states):
+            shape = (*shape[: len(self.states) - 1], math.prod(shape[len(self.states) - 1 :]))
+        return sum(
+            tensor.numel(shape) * (itemsize if itemsize is not None and tensor.converts else tensor.itemsize)
+            for tensor in self.states[len(shape) - 1]
+        )
+
+    def converted_bytes(self, numel: int, itemsize: int) -> int:
+        """Return the bytes of what is converted for an update of ``numel`` elements."""
+        return sum(tensor.numel((numel,)) * itemsize for tensor in self.states[0] if tensor.converts)
+
+
+def probe(settings: Settings) -> OptimizerFacts:
+    """Run one step of the configured optimizer on small real tensors.
+
+    Raises:
+        OptimizerError: there is no such optimizer, or it cannot update any of them.
+    """
+    factory = optimizer_factory(settings.config)
+    dtype = make_recipe(settings.config).master
+    states, temporary, name = [], 0.0, ""
+    failure: Exception | None = None
+    for ndim in range(1, len(SIDES)):
+        try:
+            name, kept, extra = _step(factory, SIDES[ndim], dtype)
+        except PowertrainError:
+            raise
+        except Exception as error:  # some update matrices only
+            failure, kept, extra = error, (), 0.0
+        else:
+            temporary = max(temporary, extra)
+        states.append(kept)
+    if not name:
+        raise OptimizerError(
+            f"the optimizer {settings.config.optimizer.name!r} cannot update a small tensor",
+            where="optimizer",
+            found=str(failure),
+        )
+    return OptimizerFacts(name, factory.granularity, tuple(states), temporary, resident())
+
+
+def _step(factory: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, tuple[StateTensor, ...], float]:
+    import torch
+
+    param = torch.nn.Parameter(torch.full(shape, 0.5, dtype=dtype))
+    optimizer = factory([param])
+    param.grad = torch.full_like(param, 0.25)
+    with _meter() as count:
+        optimizer.step()
+    kept = [value for value in optimizer.state[param].values() if isinstance(value, torch.Tensor)]
+    found = [_rule(value, shape) for value in kept]
+    size = sum(value.untyped_storage().nbytes() for value in {id(v.untyped_storage()): v for v in kept}.values())
+    return type(optimizer).__name__, tuple(found), max(0, count.peak - size) / param.numel()
+
+
+def _rule(value: torch.Tensor, shape: tuple[int, ...]) -> StateTensor:
+    sides, rest = [], 1
+    for length in value.shape:
+        if length in shape and length > 1:
+            sides.append(shape.index(length))
+        else:
+            rest *= length
+    return StateTensor(tuple(sides), rest, value.element_size(), value.ndim > 0 and value.is_floating_point())
+
+
+def _meter() -> Any:
+    from powertrain_zero.activations import StorageCount
+
+    return StorageCount(())
+
+
+def resident() -> int:
+    """Return the memory of this process, in bytes; 0 where the system does not tell.
+
+    After an optimizer's step, and before there is a model, a process has loaded what a rank
+    loads: Python, torch and Powertrain.
+    """
+    import powertrain
+    import powertrain_zero.sharded
+
+    assert callable(powertrain.initialize) and powertrain_zero.sharded
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
