@@ -146,4 +146,7 @@ def on_close(engine: Engine) -> None:
 
 @hookspec
 def add_commands(cli: click.Group) -> None:
-    """Add subcommands to the ``powertrain`` command, under the plugin's own name."""
+    """Add subcommands to the ``powertrain`` command, named after the plugin or after what they do.
+
+    Static where the plugin's table has required keys: there is no object then.
+    """

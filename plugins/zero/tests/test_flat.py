@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -26,7 +27,7 @@ def test_parameters_have_places_of_their_own(shapes: list[tuple[int, ...]], shar
     assert layout.numel % (shards * ALIGN) == 0
     places = sorted((entry.start, entry.stop) for entry in layout.entries)
     assert all(start % ALIGN == 0 for start, _ in places)
-    assert all(stop <= start for (_, stop), (start, _) in zip(places, places[1:], strict=False))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(places))
     assert places[-1][1] <= layout.numel
 
 

@@ -17,14 +17,14 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from powertrain.errors import PowertrainError
-from powertrain_zero.activations import measure, sample_batch
 from powertrain_zero.config import ZeroConfig
-from powertrain_zero.plan import Case, Need, estimate
-from powertrain_zero.plan_command import plan
-from powertrain_zero.plan_model import build_model
-from powertrain_zero.plan_probe import OptimizerFacts, probe
-from powertrain_zero.plan_settings import load_settings, make_recipe
-from powertrain_zero.plan_view import parse_size
+from powertrain_zero.plan.activations import measure, sample_batch
+from powertrain_zero.plan.command import plan
+from powertrain_zero.plan.estimate import Case, Need, estimate
+from powertrain_zero.plan.model import build_model
+from powertrain_zero.plan.probe import OptimizerFacts, probe
+from powertrain_zero.plan.settings import load_settings, make_recipe
+from powertrain_zero.plan.view import parse_size
 
 ROOT = Path(__file__).parents[3]
 GPT = f"{ROOT / 'examples/gpt/model.py'}:GPT"
@@ -105,7 +105,7 @@ def facts(config: str, *overrides: str) -> OptimizerFacts:
 
 def need(config: str, model: nn.Module, zero: ZeroConfig | None, ranks: int, *overrides: str) -> Need:
     settings = load_settings(config, overrides, ranks)
-    from powertrain_zero.activations import Activations
+    from powertrain_zero.plan.activations import Activations
 
     case = Case(zero=zero, ranks=ranks, recipe=make_recipe(settings.config), on_host=False)
     return estimate(model, case, probe(settings), Activations(peak=0))
@@ -391,7 +391,7 @@ def test_a_missing_transformers_says_what_to_install(
 COMMAND = """
 import json, resource, sys, time
 begin = time.perf_counter()
-from powertrain_zero.plan_command import plan
+from powertrain_zero.plan.command import plan
 try:
     plan.main(sys.argv[1:], prog_name="powertrain plan")
 finally:

@@ -13,10 +13,10 @@ from typing import Any
 import attrs
 import pytest
 
-from powertrain_zero.plan_command import Planner
-from powertrain_zero.plan_model import build_model
-from powertrain_zero.plan_probe import probe
-from powertrain_zero.plan_settings import load_settings
+from powertrain_zero.plan.command import Planner
+from powertrain_zero.plan.model import build_model
+from powertrain_zero.plan.probe import probe
+from powertrain_zero.plan.settings import load_settings
 
 EXAMPLE = Path(__file__).parents[3] / "examples/gpt"
 ALLOWED = 0.15
@@ -41,8 +41,8 @@ print("peak", next(int(line.split()[1]) * 1024 for line in status if line.starts
 """
 
 WEIGH = """
-from powertrain_zero.plan_probe import probe
-from powertrain_zero.plan_settings import load_settings
+from powertrain_zero.plan.probe import probe
+from powertrain_zero.plan.settings import load_settings
 import sys
 print(probe(load_settings(sys.argv[1], [], 1)).process)
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import click
 
 from powertrain import discovery, environment
@@ -24,9 +26,9 @@ def collect(taken: set[str]) -> dict[str, click.Command]:
     for entry, plugin, error in usable(discovery.installed()):
         if error is not None:
             _warn(entry, error)
-        elif plugin is not None and "add_commands" in discovery.hooks_of(plugin):
+        elif (source := plugin or _static(entry)) is not None and "add_commands" in discovery.hooks_of(source):
             try:
-                for name, command in _commands(plugin, entry).items():
+                for name, command in _commands(source, entry).items():
                     offers.setdefault(name, []).append((entry.name, command))
             except PluginError as broken:
                 _warn(entry, broken)
@@ -38,6 +40,15 @@ def collect(taken: set[str]) -> dict[str, click.Command]:
         else:
             click.echo(f"Warning: the command {name!r} is left out: {' and '.join(owners)} claim it", err=True)
     return result
+
+
+def _static(entry: Installed) -> type | None:
+    """Return the class of a plugin whose table has required keys, so that it is no object here.
+
+    It can still add commands, if its hook is static.
+    """
+    kind = discovery.load(entry.name)
+    return kind if isinstance(inspect.getattr_static(kind, "add_commands", None), staticmethod) else None
 
 
 def _commands(plugin: object, entry: Installed) -> dict[str, click.Command]:

@@ -58,7 +58,7 @@ class FreedParameter(torch.nn.Parameter):
             "engine.save_checkpoint and `powertrain export`",
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Parameter(freed, name={getattr(self, _NAME, '?')!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
@@ -80,4 +80,4 @@ def mark_freed(param: torch.nn.Parameter, name: str) -> None:
 def mark_whole(param: torch.nn.Parameter) -> None:
     """Make the parameter an ordinary one again."""
     if type(param) is FreedParameter:
-        param.__class__ = torch.nn.Parameter
+        param.__class__ = torch.nn.Parameter  # type: ignore[assignment]

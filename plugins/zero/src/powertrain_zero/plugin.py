@@ -37,6 +37,6 @@ class ZeroPlugin(Plugin[ZeroConfig]):
 
         It needs no object: without a configuration, none can be made.
         """
-        from powertrain_zero.plan_command import plan
+        from powertrain_zero.plan.command import plan
 
         cli.add_command(plan)

@@ -19,7 +19,7 @@ from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.communicator import Handle
 from powertrain.roles.optimizer import OptimizerWrapper, Update, granularity_of
 from powertrain_zero.config import ZeroConfig
-from powertrain_zero.flat import ALIGN, Flat, Segment
+from powertrain_zero.flat import ALIGN, Flat
 from powertrain_zero.flow import Flow
 from powertrain_zero.generation import serve_generation
 from powertrain_zero.gradients import BufferPool, FlatGradients

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from powertrain.errors import OptimizerError, PowertrainError
-from powertrain_zero.plan_settings import Settings, make_recipe, optimizer_factory
+from powertrain_zero.plan.settings import Settings, make_recipe, optimizer_factory
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ def _rule(value: torch.Tensor, shape: tuple[int, ...]) -> StateTensor:
 
 
 def _meter() -> Any:
-    from powertrain_zero.activations import StorageCount
+    from powertrain_zero.plan.activations import StorageCount
 
     return StorageCount(())
 

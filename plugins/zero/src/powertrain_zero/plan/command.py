@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 import click
 
-from powertrain_zero.plan_settings import Settings, load_settings, make_recipe, on_host
+from powertrain_zero.plan.settings import Settings, load_settings, make_recipe, on_host
 
 if TYPE_CHECKING:
     import torch
 
-    from powertrain_zero.activations import Activations
-    from powertrain_zero.plan import Need
-    from powertrain_zero.plan_changes import Choice
-    from powertrain_zero.plan_probe import OptimizerFacts
+    from powertrain_zero.plan.activations import Activations
+    from powertrain_zero.plan.changes import Choice
+    from powertrain_zero.plan.estimate import Need
+    from powertrain_zero.plan.probe import OptimizerFacts
 
 STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 FORMATS = ("fp32", "bf16", "fp16", "int64", "int32", "bool")
@@ -64,15 +64,15 @@ def plan(
     this machine. An optimizer, scheduler or loss function that a script passes to powertrain.initialize
     is not seen.
     """
-    from powertrain_zero.plan_probe import probe
-    from powertrain_zero.plan_view import echo_changes, echo_needs, parse_size
+    from powertrain_zero.plan.probe import probe
+    from powertrain_zero.plan.view import echo_changes, echo_needs, parse_size
 
     arguments = _arguments(model_args)
     wanted = None if limit is None or limit == "free" else parse_size(limit)
     settings = load_settings(config, overrides, ranks)
     described = _inputs(inputs)
     optimizer = probe(settings)  # before the model and what it imports: it weighs the process
-    from powertrain_zero.plan_model import build_model
+    from powertrain_zero.plan.model import build_model
 
     planner = Planner(settings, build_model(spec, arguments), optimizer, batch, sequence, described)
     if limit == "free":
@@ -132,7 +132,7 @@ class Planner:
 
     def now(self) -> Choice:
         """Return what the configuration says."""
-        from powertrain_zero.plan_changes import Choice
+        from powertrain_zero.plan.changes import Choice
 
         settings = self._settings
         return Choice(
@@ -145,7 +145,7 @@ class Planner:
 
     def need(self, choice: Choice) -> Need:
         """Return what a choice needs."""
-        from powertrain_zero.plan import Case, estimate, with_stage
+        from powertrain_zero.plan.estimate import Case, estimate, with_stage
 
         recipe = make_recipe(self._settings.config, compute=choice.compute)
         zero = with_stage(self._settings.zero, choice.stage)
@@ -162,7 +162,7 @@ class Planner:
     def _measure(self, samples: int, compute: str) -> Activations:
         import torch
 
-        from powertrain_zero.activations import Activations, measure, sample_batch
+        from powertrain_zero.plan.activations import Activations, measure, sample_batch
 
         given = {}
         for name, (shape, form) in self._inputs.items():
@@ -182,7 +182,7 @@ class Planner:
     def changes(self, limit: int) -> list[Any]:
         """Return changes that make it fit."""
         from powertrain.errors import ShardingError
-        from powertrain_zero.plan_changes import fitting
+        from powertrain_zero.plan.changes import fitting
 
         def fits(choice: Choice) -> Need | None:
             try:
@@ -206,7 +206,7 @@ class Planner:
 
     def notes(self) -> list[str]:
         """Return what the numbers leave out, for people."""
-        from powertrain_zero.plan_view import size
+        from powertrain_zero.plan.view import size
 
         now = self.now()
         found, need = self.activations(now), self.need(now)
@@ -234,7 +234,7 @@ class Planner:
         self, spec: str, needs: Mapping[str, Need], limit: int | None, fits: bool, changes: Sequence[Any]
     ) -> dict[str, Any]:
         """Return everything as JSON holds it."""
-        from powertrain_zero.plan_view import as_dict
+        from powertrain_zero.plan.view import as_dict
 
         now = self.now()
         found = self.activations(now)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
-from powertrain_zero.plan import Need
+from powertrain_zero.plan.estimate import Need
 
 
 @attrs.frozen(kw_only=True)

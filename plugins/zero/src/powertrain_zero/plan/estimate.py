@@ -15,12 +15,12 @@ import attrs
 import torch
 
 from powertrain.layout import FlatLayout
-from powertrain_zero.activations import Activations
 from powertrain_zero.config import ZeroConfig
 from powertrain_zero.flat import ALIGN, flat_layout
 from powertrain_zero.gradients import IN_FLIGHT
 from powertrain_zero.groups import check_divides
-from powertrain_zero.plan_probe import OptimizerFacts
+from powertrain_zero.plan.activations import Activations
+from powertrain_zero.plan.probe import OptimizerFacts
 from powertrain_zero.quantize import BLOCK
 from powertrain_zero.units import Named, UnitPlan, plan_buckets, plan_units
 

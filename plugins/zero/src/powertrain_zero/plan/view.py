@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from powertrain_zero.plan import Need
-from powertrain_zero.plan_changes import Change
+from powertrain_zero.plan.changes import Change
+from powertrain_zero.plan.estimate import Need
 
 CATEGORIES = (
     ("parameters", "parameters", "P", "blue"),

@@ -1,0 +1,1 @@
+"""``powertrain plan``: the memory a run needs, before anything is allocated."""
