@@ -25,6 +25,8 @@ class QuantizedGather:
         codec: how elements become bytes; shards are multiples of its block.
     """
 
+    exact = False
+
     def __init__(self, communicator: Communicator, dimension: str, codec: Blockwise) -> None:
         self._communicator = communicator
         self._dimension = dimension

@@ -204,6 +204,9 @@ class ShardedOptimizer(OptimizerWrapper):
         used = iter(agreed)
         for part in gradients:
             part.anywhere = [next(used) > 0 for _ in part.used]
+        # Settled in one order on all ranks: a reduction in several hops needs the others for each.
+        for part in gradients:
+            part.settle()
         if self.groups.replica is not None:
             for part in gradients:
                 part.across()

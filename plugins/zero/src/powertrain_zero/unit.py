@@ -51,6 +51,7 @@ class Unit:
         self.repeated = False
         self.done = False
         self._wire = wire
+        self._exact = PlainGather(communicator, groups.shard)
         self._handle: Handle | None = None
         self._holds = 0
         self._label = f"parameters of {plan.name}"
@@ -121,9 +122,22 @@ class Unit:
                 flat.free()
 
     def hold(self) -> None:
-        """Bring the parameters here and keep them until ``let_go``."""
+        """Bring the parameters here, as exact as the model's format is, and keep them until ``let_go``."""
         self._holds += 1
+        if self._holds == 1 and not self._wire.exact and not self.resident:
+            # What travelled quantized for a pass is not what the masters say.
+            self._bring_exact()
+            return
         self.gather()
+        self.wait()
+
+    @torch.no_grad()
+    def _bring_exact(self) -> None:
+        self.wait()
+        if not self.ready:
+            for flat in self.flats:
+                flat.allocate()
+        self._handle = Handles([self._exact.gather(flat.full, flat.shard, self._label) for flat in self.flats])
         self.wait()
 
     def let_go(self) -> None:
@@ -138,11 +152,7 @@ class Unit:
     def refresh(self) -> None:
         """Bring parameters that are held up to date with the shards."""
         if self._holds and not self.resident:
-            self.ready = False
-            for flat in self.flats:
-                flat.free()
-            self.gather()
-            self.wait()
+            self._bring_exact()
 
     def publish(self, *, frozen: bool = False) -> Handle:
         """Start bringing the shards' values into parameters that stay whole; frozen ones only if asked."""

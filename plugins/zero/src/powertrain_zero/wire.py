@@ -15,7 +15,13 @@ from powertrain.roles.communicator import Communicator, Handle
 
 
 class GatherWire(Protocol):
-    """Brings the shards of a flat buffer together."""
+    """Brings the shards of a flat buffer together.
+
+    Attributes:
+        exact: what arrives is what was sent, as far as the whole buffer's type holds it.
+    """
+
+    exact: bool
 
     def gather(self, full: torch.Tensor, shard: torch.Tensor, label: str) -> Handle:
         """Fill ``full`` (ranks x numel) with the ranks' ``shard`` (numel, perhaps of another type)."""
@@ -33,6 +39,8 @@ class ReduceWire(Protocol):
 
 class PlainGather:
     """All-gather along one dimension, in the type of the whole buffer."""
+
+    exact = True
 
     def __init__(self, communicator: Communicator, dimension: str) -> None:
         self._communicator = communicator
