@@ -107,7 +107,8 @@ def need(config: str, model: nn.Module, zero: ZeroConfig | None, ranks: int, *ov
     settings = load_settings(config, overrides, ranks)
     from powertrain_zero.plan.activations import Activations
 
-    case = Case(zero=zero, ranks=ranks, recipe=make_recipe(settings.config), on_host=False)
+    accumulation = settings.batch.accumulation
+    case = Case(zero=zero, ranks=ranks, recipe=make_recipe(settings.config), on_host=False, accumulation=accumulation)
     return estimate(model, case, probe(settings), Activations(peak=0))
 
 
@@ -115,9 +116,8 @@ def test_each_stage_shards_what_it_says(config: str) -> None:
     """Four ranks, fp32, no padding: stage 1 quarters AdamW's state, 2 the gradients, 3 the parameters."""
     model = meta(lambda: nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8))))
     bytes_ = 8 * 64 * 64 * 4
-    found = [
-        need(config, model, None, 4), *(need(config, model, ZeroConfig(stage=stage), 4) for stage in (1, 2, 3))
-    ]  # fmt: skip
+    many = "batch.accumulation=2"
+    found = [need(config, model, stage and ZeroConfig(stage=stage), 4, many) for stage in (None, 1, 2, 3)]
     flags = 8 * 4  # the replicated buckets carry one number a parameter
     scalars = 8 * 4  # AdamW counts the steps of each parameter
     assert [one.parameters for one in found] == [bytes_, bytes_, bytes_, bytes_ // 4]
@@ -125,6 +125,16 @@ def test_each_stage_shards_what_it_says(config: str) -> None:
     assert found[0].optimizer == 2 * bytes_ + scalars
     assert all(0 <= one.optimizer - bytes_ // 2 <= scalars for one in found[1:])
     assert [one.gathered for one in found] == [0, 0, 0, 2 * 64 * 64 * 4]  # a block, and one ahead
+
+
+def test_gradients_of_one_micro_batch_need_no_whole_buffers(config: str) -> None:
+    """At stage 1 gradients add up whole only where several micro-batches do; alone they always do."""
+    model = meta(lambda: nn.Linear(64, 64, bias=False))
+    whole = 64 * 64 * 4
+    cases = [(4, "1", whole // 4), (4, "2", whole), (1, "1", whole)]
+    for ranks, accumulation, expected in cases:
+        found = need(config, model, ZeroConfig(stage=1), ranks, f"batch.accumulation={accumulation}")
+        assert found.gradients == expected
 
 
 def test_padding_is_counted(config: str) -> None:

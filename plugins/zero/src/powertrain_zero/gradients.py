@@ -1,9 +1,9 @@
 """The gradients of one flat buffer, on their way to the mean of this rank's shard.
 
-Each gradient is moved into a whole buffer as soon as autograd has it. Stage 1
-has one such buffer that stays: micro-batches add up in it, and it is reduced
-once a step. From stage 2 on the buffer is borrowed for the time between the
-first gradient and the end of the reduction, and shards add up.
+Each gradient is moved into a whole buffer as soon as autograd has it. At stage 1,
+several micro-batches add up in one such buffer that stays, and is reduced once
+a step. From stage 2 on, and for a single micro-batch, the buffer is borrowed for
+the time between the first gradient and the end of the reduction, and shards add up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from powertrain_zero.wire import ReduceWire
 
 IN_FLIGHT = 2
 """Reductions under way at once, each with a borrowed buffer: one is on the wire while the next fills."""
+
+
+def add_up_whole(stage: int, shards: int, accumulation: int) -> bool:
+    """Return whether gradients add up in whole buffers until the step: those of one micro-batch need none."""
+    return stage == 1 and (accumulation > 1 or shards == 1)
 
 
 class BufferPool:

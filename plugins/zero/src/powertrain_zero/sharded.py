@@ -22,7 +22,7 @@ from powertrain_zero.config import ZeroConfig
 from powertrain_zero.flat import ALIGN, Flat
 from powertrain_zero.flow import Flow
 from powertrain_zero.generation import serve_generation
-from powertrain_zero.gradients import BufferPool, FlatGradients
+from powertrain_zero.gradients import BufferPool, FlatGradients, add_up_whole
 from powertrain_zero.groups import Groups, hops
 from powertrain_zero.passes import Ballot
 from powertrain_zero.quantize import BLOCK, Blockwise
@@ -143,7 +143,7 @@ class ShardedOptimizer(OptimizerWrapper):
                 self._pool,
                 self._flights,
                 recipe.accumulate,
-                whole=self.stage == 1,
+                whole=add_up_whole(self.stage, self.groups.shards, self._context.batch.accumulation),
             )
             for flat in flats
             if flat.trainable

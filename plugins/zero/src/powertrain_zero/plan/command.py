@@ -149,7 +149,7 @@ class Planner:
 
         recipe = make_recipe(self._settings.config, compute=choice.compute)
         zero = with_stage(self._settings.zero, choice.stage)
-        case = Case(zero=zero, ranks=choice.ranks, recipe=recipe, on_host=self._host)
+        case = Case(zero=zero, ranks=choice.ranks, recipe=recipe, on_host=self._host, accumulation=choice.accumulation)
         return estimate(self._model, case, self.optimizer, self.activations(choice))
 
     def activations(self, choice: Choice) -> Activations:

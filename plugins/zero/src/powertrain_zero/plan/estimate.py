@@ -17,7 +17,7 @@ import torch
 from powertrain.layout import FlatLayout
 from powertrain_zero.config import ZeroConfig
 from powertrain_zero.flat import ALIGN, flat_layout
-from powertrain_zero.gradients import IN_FLIGHT
+from powertrain_zero.gradients import IN_FLIGHT, add_up_whole
 from powertrain_zero.groups import check_divides
 from powertrain_zero.plan.activations import Activations
 from powertrain_zero.plan.probe import OptimizerFacts
@@ -90,10 +90,12 @@ class Case:
         ranks: data ranks.
         recipe: number formats.
         on_host: memory is the host's, where pages count once touched.
+        accumulation: micro-batches in a step.
     """
 
     zero: ZeroConfig | None
     ranks: int
+    accumulation: int
     recipe: Recipe
     on_host: bool
 
@@ -216,7 +218,8 @@ def _sharded(
             parameters += piece.whole
         if stage == 3 or (piece.trainable and piece.itemsize != master):
             parameters += piece.slice * (master if piece.trainable else piece.itemsize)
-    gradients = sum(piece.numel if stage == 1 else piece.slice for piece in trainable) * accumulate
+    whole = add_up_whole(stage, shards, case.accumulation)
+    gradients = sum(piece.numel if whole else piece.slice for piece in trainable) * accumulate
 
     by_unit = optimizer.granularity == "element" and (shards > 1 or recipe.state != recipe.master)
     slices: dict[int, int] = defaultdict(int)
@@ -240,7 +243,7 @@ def _sharded(
         optimizer=_state(trainable, optimizer, recipe, by_unit=by_unit),
         gathered=gathered,
         activations=activations.peak,
-        communication=_communication(trainable, case, zero, stage, shards),
+        communication=_communication(trainable, case, zero, stage, shards, whole=whole),
         update=update,
         birth=birth + max(largest_param, largest_unit),
         birth_whole=max(_built(model) + largest_unit, birth),
@@ -313,13 +316,15 @@ def _gathered(plans: Sequence[UnitPlan], pieces: Sequence[Piece], zero: ZeroConf
     return whole + most + kept + arriving
 
 
-def _communication(pieces: Sequence[Piece], case: Case, zero: ZeroConfig, stage: int, shards: int) -> int:
-    """Return the bytes of gradients on their way."""
+def _communication(
+    pieces: Sequence[Piece], case: Case, zero: ZeroConfig, stage: int, shards: int, *, whole: bool
+) -> int:
+    """Return the bytes of gradients on their way; ``whole``: they add up in buffers that stay."""
     if not pieces:
         return 0
     reduce = case.recipe.reduce
     sizes = sorted((piece.numel for piece in pieces), reverse=True)
-    borrows = stage > 1 or case.recipe.accumulate != reduce
+    borrows = not whole or case.recipe.accumulate != reduce
     buffers = 0
     if borrows:
         # The root's buffer is open through all of backward, beside those under way.
@@ -331,19 +336,12 @@ def _communication(pieces: Sequence[Piece], case: Case, zero: ZeroConfig, stage:
     if zero.reduce is not None:
         encoded = sizes[0] * (1 if zero.reduce == "int8" else 0.5) * (1 + 4 / BLOCK)
         return buffers + IN_FLIGHT * 2 * int(encoded) + sizes[0] // shards * 4
-    return buffers + (_received(sizes, shards, reduce.itemsize, borrows=borrows) if case.on_host else 0)
+    return buffers + (_received(sizes, shards, reduce.itemsize) if case.on_host else 0)
 
 
-def _received(sizes: Sequence[int], shards: int, itemsize: int, *, borrows: bool) -> int:
-    """Return what the host's transport receives into, kept by powers of two.
-
-    Without borrowed buffers (stage 1) nothing ends a reduction before the step: all are under way at once.
-    """
-    classes: dict[int, list[int]] = defaultdict(list)
-    for size in sizes:
-        nbytes = (shards - 1) * (size // shards) * itemsize
-        classes[nbytes.bit_length()].append(nbytes)
-    return sum(sum(members[:IN_FLIGHT] if borrows else members) for members in classes.values())
+def _received(sizes: Sequence[int], shards: int, itemsize: int) -> int:
+    """Return what the host's transport receives into: the shards of the others, of each reduction under way."""
+    return sum((shards - 1) * (size // shards) * itemsize for size in sizes[:IN_FLIGHT])
 
 
 # --- both ------------------------------------------------------------------------------------
