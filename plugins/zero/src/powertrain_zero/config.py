@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 from attrs import validators
@@ -18,13 +18,15 @@ class ZeroConfig:
     """1: optimizer state; 2: gradients as well; 3: parameters as well. Each stage needs less memory than the one
     before; 2 sends gradients once a micro-batch instead of once a step, 3 gathers parameters twice a micro-batch."""
 
-    unit: str | int | list[str] | None = None
-    """What is gathered and reduced together: a module class by name, the paths of modules ("blocks.*" counts as
-    each of them), or the most parameters in a unit. Absent: the model's repeated block; what is left is one unit."""
+    unit: str | int | list[str] | None = attrs.field(default=None)
+    """Stage 3: what is gathered and reduced together: a module class by name, the paths of modules ("blocks.*"
+    counts as each of them), or the most parameters in a unit. Absent: the model's repeated block; what is left is
+    one unit."""
 
     bucket: int = attrs.field(default=4_000_000, validator=validators.ge(1))
-    """Stages 1 and 2: neighbouring units are reduced together up to this many parameters. Larger ones cost
-    memory and start later; smaller ones cost a collective each. Default 4,000,000."""
+    """Stages 1 and 2: neighbouring parameters are reduced together, up to this many elements. Larger buckets cost
+    memory and start later; smaller ones cost a collective each. A bucket with a parameter that no batch uses holds
+    back those registered before it until backward is over. Default 4,000,000."""
 
     prefetch: int = attrs.field(default=1, validator=validators.ge(0))
     """Stage 3: units whose gathering starts ahead of their turn, forward and backward. Each costs the memory of
@@ -58,6 +60,11 @@ class ZeroConfig:
     def _positive(self, attribute: attrs.Attribute[bool | int], value: bool | int) -> None:
         if not isinstance(value, bool) and value < 1:
             raise ValueError("expected true, false or a number of ranks from 1 up")
+
+    @unit.validator
+    def _some(self, attribute: attrs.Attribute[Any], value: str | int | list[str] | None) -> None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("expected a class name, paths of modules, or a number of parameters from 1 up")
 
     def __attrs_post_init__(self) -> None:
         if self.stage < 3:

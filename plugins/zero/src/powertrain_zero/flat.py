@@ -18,7 +18,7 @@ from powertrain.birth import Birth, settle
 from powertrain.layout import FlatEntry, FlatLayout
 from powertrain.roles.checkpoint import TensorSlice
 from powertrain.roles.communicator import Communicator
-from powertrain_zero.freed import mark_freed, mark_whole
+from powertrain_zero.freed import mark_closed, mark_freed, mark_whole
 from powertrain_zero.groups import Groups
 from powertrain_zero.units import Named
 
@@ -172,6 +172,11 @@ class Flat:
         for name, param in self.named:
             mark_freed(param, name)
         self.full.untyped_storage().resize_(0)
+
+    def close(self) -> None:
+        """Let the error of touching a freed parameter say that nothing will gather it any more."""
+        for _, param in self.named:
+            mark_closed(param)
 
     @torch.no_grad()
     def take_back(self) -> None:

@@ -16,6 +16,7 @@ from powertrain.compat import plain_dispatch
 from powertrain.errors import ParameterFreed
 
 _NAME = "_powertrain_freed_name"
+_CLOSED = "_powertrain_closed"
 
 _HARMLESS = frozenset(
     {
@@ -29,6 +30,16 @@ _HARMLESS = frozenset(
 
 _ELEMENTS = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 """Attributes that lead to the elements."""
+
+
+_OPEN = (
+    "wrap the access in `with powertrain.full(module_or_parameters):`; for a whole state dict use powertrain.stream, "
+    "engine.save_checkpoint and `powertrain export`; to load weights use engine.load_weights"
+)
+_OVER = (
+    "its engine is closed, so nothing gathers it any more: use what was saved, or take the values before the engine "
+    "closes, in `with powertrain.full(module):`"
+)
 
 
 class FreedParameter(torch.nn.Parameter):
@@ -45,7 +56,7 @@ class FreedParameter(torch.nn.Parameter):
         """
         name = getattr(func, "__name__", str(func))
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name in _HARMLESS and not (name == "__get__" and attribute in _ELEMENTS):
+        if name in _HARMLESS and not (name in ("__get__", "__set__") and attribute in _ELEMENTS):
             with plain_dispatch():
                 return func(*args, **(kwargs or {}))
         touched = next((arg for arg in _flat(args, kwargs) if isinstance(arg, FreedParameter)), None)
@@ -54,8 +65,7 @@ class FreedParameter(torch.nn.Parameter):
             f"{what} needs the elements of a parameter that is sharded and not gathered here",
             where=getattr(touched, _NAME, "an unnamed parameter"),
             expected="an access inside the forward or backward pass of its module, or inside powertrain.full",
-            remedy="wrap the access in `with powertrain.full(module_or_parameters):`; to save weights use "
-            "engine.save_checkpoint and `powertrain export`",
+            remedy=_OVER if getattr(touched, _CLOSED, False) else _OPEN,
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -75,6 +85,11 @@ def mark_freed(param: torch.nn.Parameter, name: str) -> None:
     if type(param) is torch.nn.Parameter:
         param.__class__ = FreedParameter
         setattr(param, _NAME, name)
+
+
+def mark_closed(param: torch.nn.Parameter) -> None:
+    """Let the error say that the engine is closed."""
+    setattr(param, _CLOSED, True)
 
 
 def mark_whole(param: torch.nn.Parameter) -> None:

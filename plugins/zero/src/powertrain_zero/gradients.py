@@ -184,9 +184,9 @@ class FlatGradients:
 
     def send(self) -> None:
         """Start the reduction of what there is; parameters without a gradient count as zeros."""
-        self.settle()
-        while len(self._flights) >= IN_FLIGHT:
-            self._flights[0].settle()  # what it receives into is memory, too
+        # The oldest first, the same on all ranks; what a reduction receives into is memory, too.
+        while self._flight is not None or len(self._flights) >= IN_FLIGHT:
+            self._flights[0].settle()
         if self._open is None:
             self._open = self._borrow()
             self._filled = [False] * len(self._filled)

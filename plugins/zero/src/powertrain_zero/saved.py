@@ -9,6 +9,7 @@ import torch
 
 from powertrain.context import Context
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
+from powertrain.roles.optimizer import granularity_of
 from powertrain_zero.flat import Segment
 from powertrain_zero.unit import Unit
 
@@ -26,7 +27,7 @@ class SavedState:
         self._units = list(units)
         self._optimizer = optimizer
         self._communicator = context.communicator
-        self._state_dtype = context.recipe.state
+        self._state_dtype = context.recipe.state if granularity_of(optimizer) == "element" else None
 
     def _segments(self) -> Iterator[Segment]:
         for unit in self._units:
@@ -102,9 +103,9 @@ class SavedState:
     ) -> torch.Tensor:
         """Return memory for one piece of state."""
         master = segment.master
-        if tuple(shape) == segment.shape and shape:
+        if tuple(shape) == segment.shape and key != "step":
             # Another run may have kept it in another format.
-            kind = self._state_dtype if dtype.is_floating_point else dtype
+            kind = dtype if self._state_dtype is None or not dtype.is_floating_point else self._state_dtype
             return torch.empty(master.shape, dtype=kind, device=master.device)
         # torch keeps the step counter on the host unless the update itself reads it on the device.
         on_host = key == "step" and not (group.get("capturable") or group.get("fused"))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from powertrain.context import Context
+from powertrain.errors import ShardingError
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.communicator import Handle
 from powertrain.roles.optimizer import OptimizerWrapper, Update, granularity_of
@@ -156,6 +157,8 @@ class ShardedOptimizer(OptimizerWrapper):
         """Prepare for a micro-batch: before stage 2 only the last one's gradients travel."""
         self._end_round()
         self._flushed = False
+        if self._first:
+            self._check_frozen()
         for unit in self.units:
             for gradients in unit.gradients:
                 gradients.begin(first=self._first)
@@ -164,6 +167,24 @@ class ShardedOptimizer(OptimizerWrapper):
         if self._flow is None and self._round_open:
             self._cursor = Cursor([Step("reduce", unit) for unit in reversed(self.units)])
 
+    def _check_frozen(self) -> None:
+        """Refuse to leave a parameter untrained in silence.
+
+        Raises:
+            ShardingError: it was frozen when memory was laid out, and is not any more.
+        """
+        for unit in self.units:
+            for flat in unit.flats:
+                for name, param in () if flat.trainable else flat.named:
+                    if param.requires_grad:
+                        raise ShardingError(
+                            "a parameter that was frozen requires a gradient now",
+                            where=name,
+                            remedy="set requires_grad before powertrain.initialize: gradients and optimizer state are "
+                            "laid out there; to unfreeze later, save, and load into a new engine",
+                        )
+
+    @torch.no_grad()  # also where gradients are differentiated themselves
     def _arrived(self, param: torch.Tensor) -> None:
         """Move a gradient that autograd has just finished into its buffer."""
         _, gradients, index = self._gradients_of[param]  # type: ignore[index]
@@ -222,9 +243,8 @@ class ShardedOptimizer(OptimizerWrapper):
         return agreed
 
     def discard(self) -> None:
-        """Drop the gradients gathered so far."""
-        self._round_open = False
-        self._cursor = None
+        """Drop the gradients gathered so far; ranks that took different branches have sent different ones of them."""
+        self._end_round()
         if self._flow is not None:
             self._flow.reset()
         for unit in self.units:
@@ -351,9 +371,12 @@ class ShardedOptimizer(OptimizerWrapper):
         return names
 
     def close(self) -> None:
-        """Take hooks off the model."""
+        """Take hooks off the model; parameters that are not gathered stay so."""
         for hook in self._hooks:
             hook.remove()
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.close()
         if self._flow is not None:
             self._flow.close()
         if self._generation is not None:

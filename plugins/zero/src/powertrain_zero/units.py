@@ -98,6 +98,8 @@ def _groups(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -> l
         return [] if kind is None else [[path] for path in _outermost(model, kind)]
     if isinstance(unit, int):
         return list(_by_size(model, unit))
+    if isinstance(unit, str) and ("." in unit or "*" in unit):
+        unit = [unit]
     if not isinstance(unit, str):
         return [[path] for path in _by_path(model, list(unit))]
     paths = [path for path, module in model.named_modules() if type(module).__name__ == unit and path]

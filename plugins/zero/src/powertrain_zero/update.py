@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from powertrain.context import Context
+from powertrain.errors import PrecisionError, ShardingError
 from powertrain.roles.communicator import Done, Handle
 from powertrain.roles.optimizer import Update, granularity_of
 from powertrain_zero.flat import Segment
@@ -47,6 +48,7 @@ class Updater:
                     unit_of[segment.master] = unit
         for group in optimizer.param_groups:
             group["params"] = [segment.master for param in group["params"] for segment in segments.get(param, ())]
+        self._lengths = [len(group["params"]) for group in optimizer.param_groups]
         self._members = {unit: [[] for _ in optimizer.param_groups] for unit in units}  # type: ignore[var-annotated]
         for number, group in enumerate(optimizer.param_groups):
             for master in group["params"]:
@@ -55,7 +57,15 @@ class Updater:
         # the update of one element depends on no other.
         elementwise = granularity_of(optimizer) == "element"
         travels = groups.shards > 1 and any(unit.resident for unit in units)
-        self._by_unit = elementwise and (travels or self._state_dtype != self._master_dtype)
+        converts = self._state_dtype != self._master_dtype
+        if converts and not elementwise:
+            raise PrecisionError(
+                f"the state of {type(optimizer).__name__} cannot rest in another format than the masters",
+                where="precision.optimizer",
+                expected="an optimizer that updates element by element, such as adamw",
+                remedy="leave the key out",
+            )
+        self._by_unit = elementwise and (travels or converts)
 
     def step(
         self,
@@ -73,6 +83,7 @@ class Updater:
             clip: the largest global norm.
             check_overflow: skip the update when the norm is not finite.
         """
+        self._check_groups()
         masters = self._deliver()
         if grad_scale != 1.0:
             for master in masters:
@@ -84,10 +95,11 @@ class Updater:
             return norm.sqrt() if self._groups.shards > 1 else norm
 
         if check_overflow and not bool(grad_norm().isfinite()):
+            self._put_back()
             return Update(applied=False, grad_norm=grad_norm)
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(masters, clip, grad_norm())
-        handles = []
+        handles: list[Handle | None] = []
         if not self._by_unit:
             self._optimizer.step()
         for unit in self._units:
@@ -98,6 +110,7 @@ class Updater:
         for published in [handle, *handles]:
             if published is not None:
                 published.wait()
+        self._put_back()
         return Update(applied=True, grad_norm=grad_norm)
 
     def _deliver(self) -> list[torch.nn.Parameter]:
@@ -109,6 +122,28 @@ class Updater:
                 if segment.master.grad is not None:
                     masters.append(segment.master)
         return masters
+
+    def _put_back(self) -> None:
+        """Where the optimizer saw converted copies of gradients: show what it saw, and drop the copies."""
+        for part in (part for unit in self._units for part in unit.gradients):
+            for segment in part.flat.segments:
+                grad = segment.master.grad
+                if grad is not None and grad.dtype != part.shard.dtype:
+                    segment.of(part.shard).copy_(grad)
+                    segment.master.grad = None
+
+    def _check_groups(self) -> None:
+        """Refuse parameters that came into the optimizer's groups behind our back.
+
+        Raises:
+            ShardingError: a group was added or changed after the engine was built.
+        """
+        if [len(group["params"]) for group in self._optimizer.param_groups] != self._lengths:
+            raise ShardingError(
+                "the optimizer's parameter groups were changed after powertrain.initialize",
+                where="optimizer.param_groups",
+                remedy="give the optimizer all its groups before; their numbers (lr, …) may change at any time",
+            )
 
     def _norm(self, masters: Sequence[torch.nn.Parameter]) -> tuple[torch.Tensor, Handle]:
         """Start the global norm: its square over several shards, itself with one."""
