@@ -461,8 +461,8 @@ def test_requirements_name_plugins_or_distributions(site: Site, text: str) -> No
 @pytest.mark.parametrize(
     ("text", "kind", "says", "remedy"),
     [
-        ("zero", PluginMissing, "required plugin 'zero' is not installed", "pip install 'powertrain-zero'"),
-        ("powertrain-zero>=1", PluginMissing, "'powertrain-zero' is not installed", "'powertrain-zero>=1'"),
+        ("offload", PluginMissing, "required plugin 'offload' is not installed", "pip install 'powertrain-offload'"),
+        ("powertrain-offload>=1", PluginMissing, "'powertrain-offload' is not installed", "'powertrain-offload>=1'"),
         ("site-one>=2", PluginError, "plugin 'one' has the wrong version", "pip install 'site-one>=2'"),
         ("one two", PluginError, "'one two' is not a requirement", ""),
     ],

@@ -82,8 +82,8 @@ def test_each_mutation_of_a_section_is_rejected(section: str) -> None:
     for wrong in mutations(section) - {*schemas, *CORE_TABLES}:
         with pytest.raises(ConfigError) as error:
             structure(read({wrong: {}}, environ={}), schemas)
-        (problem,) = error.value.problems
-        assert problem.message == "unknown section"
+        # A plugin's table that is absent although it has required keys is a problem of its own here.
+        (problem,) = (item for item in error.value.problems if item.message == "unknown section")
         assert f"[{section}]" in problem.suggestion
 
 
