@@ -68,7 +68,7 @@ TABLES = {
     "batch": ["micro", "accumulation", "total"],
     "optimizer": ["name", "clip", "options"],
     "scheduler": ["name", "options"],
-    "precision": ["compute", "master", "reduce", "autocast", "loss_scale"],
+    "precision": ["compute", "master", "reduce", "accumulate", "optimizer", "autocast", "loss_scale"],
     "checkpoint": ["directory", "every", "keep_last", "asynchronous"],
     "plugins": ["require", "disable", "pin"],
 }

@@ -62,8 +62,8 @@ MISTAKES = {
         ["[PT100]", "train.toml:1:2", "batc: unknown section", "did you mean [batch]?"],
     ),
     "section of a plugin that is not there": (
-        "[zero]\nstage = 3\n",
-        ["[PT100]", "train.toml:1:2", "zero: unknown section", "pip install powertrain-zero"],
+        "[offload]\noptimizer = 1\n",
+        ["[PT100]", "train.toml:1:2", "offload: unknown section", "pip install powertrain-offload"],
     ),
     "wrong type": (
         '[batch]\nmicro = "8"\n',
