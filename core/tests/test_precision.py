@@ -62,7 +62,16 @@ def test_a_format_that_the_device_lacks_is_refused(table: dict[str, object], whe
 def test_a_recipe_reads_as_a_sentence() -> None:
     """The log shows each part's format."""
     recipe = Recipe.build(Precision(compute="bf16", autocast=True), NullHost())
-    assert str(recipe) == "compute bf16, parameters fp32, master fp32, reduce fp32, accumulate fp32, state fp32, autocast"
+    parts = [
+        "compute bf16",
+        "parameters fp32",
+        "master fp32",
+        "reduce fp32",
+        "accumulate fp32",
+        "state fp32",
+        "autocast",
+    ]
+    assert str(recipe) == ", ".join(parts)
 
 
 @pytest.mark.parametrize(
