@@ -399,14 +399,12 @@ def test_a_missing_transformers_says_what_to_install(
 # --- processes of their own --------------------------------------------------------------------------------
 
 COMMAND = """
-import json, resource, sys, time
-begin = time.perf_counter()
+import json, resource, sys
 from powertrain_zero.plan.command import plan
 try:
     plan.main(sys.argv[1:], prog_name="powertrain plan")
 finally:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    facts = {"seconds": time.perf_counter() - begin, "processor": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss}
+    facts = {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     print(json.dumps(facts), file=sys.stderr)
 """
 
@@ -422,15 +420,14 @@ def alone(*arguments: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
-def test_seventy_billion_parameters_are_planned_in_seconds(config: str, tmp_path: Path) -> None:
-    """A 70B model: less than 1 GB, and less than 15 s of processor time (the bar is 5 s of a quiet machine)."""
+def test_seventy_billion_parameters_are_planned_in_little_memory(config: str, tmp_path: Path) -> None:
+    """A 70B model is planned in less than 1 GB."""
     file = tmp_path / "seventy.py"
     file.write_text(SEVENTY)
     found, used = alone(config, "--model", f"{file}:Model", "--ranks", "64", "--set", "zero.stage=3")
     assert found["parameters"] > 70e9
     assert found["needs"]["config"]["activations"] > 100e9
     assert used["peak"] * 1024 < 1e9
-    assert used["processor"] < 15, used
 
 
 @pytest.mark.slow
