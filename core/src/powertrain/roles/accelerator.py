@@ -121,6 +121,9 @@ class Accelerator(ABC):
         """Return host memory holding ``tensor`` from which copies run beside compute (``pinned``)."""
         return tensor
 
+    def release_unused(self, device: torch.device) -> None:
+        """Give memory back that the allocator holds and no tensor does; not for inner loops."""
+
     def kernel(self, name: str) -> Callable[..., Any] | None:
         """Return the device's own kernel called ``name``, or None for the reference (``kernels``)."""
         return None

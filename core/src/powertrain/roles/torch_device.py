@@ -174,6 +174,12 @@ class TorchDeviceAccelerator(Accelerator):
         """Return page-locked host memory that holds ``tensor``; itself if it is that already."""
         return tensor.pin_memory()
 
+    def release_unused(self, device: torch.device) -> None:
+        """Give the allocator's cached memory back, where the module can."""
+        empty_cache = getattr(self.module, "empty_cache", None)
+        if empty_cache is not None and self.module.is_initialized():
+            empty_cache()
+
     def describe(self) -> dict[str, str]:
         """Return the number of devices, and the first one's name and memory."""
         count = self.device_count()

@@ -18,6 +18,7 @@ from powertrain.birth import Birth, settle
 from powertrain.layout import FlatEntry, FlatLayout
 from powertrain.roles.checkpoint import TensorSlice
 from powertrain.roles.communicator import Communicator
+from powertrain_zero.arena import Arena
 from powertrain_zero.freed import mark_closed, mark_freed, mark_whole
 from powertrain_zero.groups import Groups
 from powertrain_zero.units import Named
@@ -70,6 +71,7 @@ class Flat:
         groups: over which ranks it is sharded.
         communicator: allocates buffers that stay.
         birth: gives the parameters their first values.
+        arena: holds slices that are no part of a whole buffer.
         resident: whether the whole buffer stays; otherwise it is empty until ``allocate``.
         whole_tensors: whether each parameter lies in one rank's slice as a whole.
         multiple: the slice's length is a multiple of this many elements.
@@ -88,6 +90,7 @@ class Flat:
         groups: Groups,
         communicator: Communicator,
         birth: Birth,
+        arena: Arena,
         resident: bool,
         whole_tensors: bool = False,
         multiple: int = ALIGN,
@@ -108,7 +111,7 @@ class Flat:
         if resident and dtype == master_dtype:
             self.shard = self.own(self.full)
         else:
-            self.shard = torch.zeros(self.shard_numel, dtype=master_dtype, device=communicator.device)
+            self.shard = arena.take(self.shard_numel, master_dtype)
         self._fill(birth)
         self.segments = [
             self._segment(index, entry, whole_tensors) for index, entry in enumerate(self.layout.entries)

@@ -13,6 +13,7 @@ from collections import deque
 import torch
 
 from powertrain.roles.communicator import Communicator, Handle
+from powertrain_zero.arena import Arena
 from powertrain_zero.flat import Flat
 from powertrain_zero.groups import Groups
 from powertrain_zero.wire import ReduceWire
@@ -83,6 +84,7 @@ class FlatGradients:
         pool: lends buffers in the format that travels.
         flights: reductions under way, of all flats; the oldest is ended when there are too many.
         accumulate: the format in which they add up.
+        arena: holds the shards.
         whole: whether micro-batches add up in a whole buffer (stage 1) or in the shard.
 
     Attributes:
@@ -99,6 +101,7 @@ class FlatGradients:
         pool: BufferPool,
         flights: deque[FlatGradients],
         accumulate: torch.dtype,
+        arena: Arena,
         *,
         whole: bool,
     ) -> None:
@@ -110,10 +113,9 @@ class FlatGradients:
         self._wire = wire
         self._pool = pool
         self._flights = flights
-        self._accumulate = accumulate
         self._gaps = flat.gaps()
-        self._whole = self._new(flat.numel) if whole else None
-        self._shard = None if whole else self._new(flat.shard_numel)
+        self._whole = communicator.empty(flat.numel, accumulate, groups.shard) if whole else None
+        self._shard = None if whole else arena.take(flat.shard_numel, accumulate)
         self._open: torch.Tensor | None = None  # where gradients go that have not been sent
         self._filled = [False] * len(flat.named)  # which parts of it are defined
         self._missing = len(flat.named)
@@ -122,10 +124,6 @@ class FlatGradients:
         self._crossing: Handle | None = None
         self._begun = False  # the shard holds a part of this step
         pool.fit(flat.numel)
-
-    def _new(self, numel: int) -> torch.Tensor:
-        buffer = self._communicator.empty(numel, self._accumulate, self._groups.shard)
-        return buffer.zero_()
 
     @property
     def shard(self) -> torch.Tensor:

@@ -19,8 +19,9 @@ from powertrain.errors import ShardingError
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.communicator import Handle
 from powertrain.roles.optimizer import OptimizerWrapper, Update, granularity_of
+from powertrain_zero.arena import Arena
 from powertrain_zero.config import ZeroConfig
-from powertrain_zero.flat import ALIGN, Flat
+from powertrain_zero.flat import ALIGN, Flat, flat_layout
 from powertrain_zero.flow import Flow
 from powertrain_zero.generation import serve_generation
 from powertrain_zero.gradients import BufferPool, FlatGradients, add_up_whole
@@ -67,7 +68,12 @@ class ShardedOptimizer(OptimizerWrapper):
         self._pool = BufferPool(self._communicator, self.groups.shard, context.recipe.reduce)
         self._whole_tensors = granularity_of(optimizer) != "element"
         self._gather_wire, self._reduce_wire, self._multiple = self._wires(config)
-        self.units = [self._make_unit(plan) for plan in plans]
+        self._whole_gradients = add_up_whole(self.stage, self.groups.shards, context.batch.accumulation)
+        masters = Arena(lambda numel, dtype: torch.zeros(numel, dtype=dtype, device=self._communicator.device))
+        gradients = Arena(lambda numel, dtype: self._communicator.empty(numel, dtype, self.groups.shard))
+        for plan in plans:
+            self._announce(plan, masters, gradients)
+        self.units = [self._make_unit(plan, masters, gradients) for plan in plans]
         self._home = {
             param: (unit, flat, index)
             for unit in self.units
@@ -114,13 +120,29 @@ class ShardedOptimizer(OptimizerWrapper):
             reduce = QuantizedReduce(communicator, nodes, Blockwise(8 if config.reduce == "int8" else 4))
         return gather, reduce, ALIGN if config.gather is None and config.reduce is None else BLOCK
 
-    def _make_unit(self, plan: UnitPlan) -> Unit:
-        """Give a unit its memory."""
-        recipe = self._context.recipe
+    def _kinds(self, plan: UnitPlan) -> dict[tuple[bool, torch.dtype], list[Named]]:
+        """Return a unit's parameters by what must lie apart: trainable or not, and the type they have in the model."""
         kinds: dict[tuple[bool, torch.dtype], list[Named]] = defaultdict(list)
         for name, param in plan.params:
-            dtype = recipe.parameters if param.is_floating_point() else param.dtype
+            dtype = self._context.recipe.parameters if param.is_floating_point() else param.dtype
             kinds[param.requires_grad, dtype].append((name, param))
+        return kinds
+
+    def _announce(self, plan: UnitPlan, masters: Arena, gradients: Arena) -> None:
+        """Tell how much of a unit stays on this rank beside whole buffers."""
+        recipe, shards = self._context.recipe, self.groups.shards
+        for (trainable, dtype), named in self._kinds(plan).items():
+            whole_tensors = self._whole_tensors and trainable
+            layout = flat_layout(named, shards, whole_tensors=whole_tensors, multiple=self._multiple)
+            master = recipe.master if trainable else dtype
+            if self.stage == 3 or master != dtype:  # otherwise the slice is a part of the whole buffer
+                masters.want(layout.numel // shards, master)
+            if trainable and not self._whole_gradients:
+                gradients.want(layout.numel // shards, recipe.accumulate)
+
+    def _make_unit(self, plan: UnitPlan, masters: Arena, gradient_arena: Arena) -> Unit:
+        """Give a unit its memory."""
+        recipe = self._context.recipe
         flats = [
             Flat(
                 named,
@@ -129,11 +151,12 @@ class ShardedOptimizer(OptimizerWrapper):
                 groups=self.groups,
                 communicator=self._communicator,
                 birth=self._context.birth,
+                arena=masters,
                 resident=self.stage < 3,
                 whole_tensors=self._whole_tensors and trainable,
                 multiple=self._multiple,
             )
-            for (trainable, dtype), named in kinds.items()
+            for (trainable, dtype), named in self._kinds(plan).items()
         ]
         gradients = [
             FlatGradients(
@@ -144,11 +167,14 @@ class ShardedOptimizer(OptimizerWrapper):
                 self._pool,
                 self._flights,
                 recipe.accumulate,
-                whole=add_up_whole(self.stage, self.groups.shards, self._context.batch.accumulation),
+                gradient_arena,
+                whole=self._whole_gradients,
             )
             for flat in flats
             if flat.trainable
         ]
+        # Whole tensors lived shortly here: what they left in the allocator is not to add up to the model.
+        self._context.accelerator.release_unused(self._context.device)
         return Unit(plan, flats, gradients, self._gather_wire, self.groups, self._communicator)
 
     # --- gradients ----------------------------------------------------------------------

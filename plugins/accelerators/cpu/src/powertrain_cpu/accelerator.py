@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import ClassVar
 
 import torch
@@ -49,6 +50,12 @@ class CpuAccelerator(Accelerator):
     def reset_peak_memory(self, device: torch.device) -> None:
         """Start the peak of the resident memory anew."""
         self._process.reset_peak()
+
+    def release_unused(self, device: torch.device) -> None:
+        """Give free memory in the C library's heap back to the system, where the library can (glibc)."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
     def dtypes(self) -> frozenset[torch.dtype]:
         """Return fp32, bf16, fp16 and fp64; torch emulates what the processor lacks."""
