@@ -24,6 +24,8 @@ class TestEpochSampler(SamplerContract):
 class TestReplicatedOptimizer(OptimizerWrapperContract):
     """The core's optimizer wrapper."""
 
+    low_precision = True
+
     def make(self, model, optimizer, context):
         return ReplicatedOptimizer(model, optimizer, context)
 

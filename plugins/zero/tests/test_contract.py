@@ -15,6 +15,7 @@ from powertrain_zero.sharded import ShardedOptimizer
 
 class Sharded(OptimizerWrapperContract):
     options: ClassVar[dict[str, Any]] = {}
+    low_precision: ClassVar[bool] = True
 
     def make(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> OptimizerWrapper:
         return ShardedOptimizer(model, optimizer, ZeroConfig(**self.options), context)

@@ -42,10 +42,12 @@ class OptimizerWrapperContract(ParameterAccessContract):
     Attributes:
         config: the configuration of the wrapper's context.
         keeps_model_whole: whether the model's parameters are whole on each rank, also after ``close``.
+        low_precision: whether it converts the model where the recipe computes in fewer bits.
     """
 
     config: ClassVar[dict[str, Any]] = {}
     keeps_model_whole: ClassVar[bool] = True
+    low_precision: ClassVar[bool] = False
 
     def make(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> OptimizerWrapper:
         """Return the wrapper of ``optimizer``."""

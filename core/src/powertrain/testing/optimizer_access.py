@@ -80,6 +80,7 @@ class ParameterAccessContract:
 
     config: ClassVar[dict[str, Any]]
     keeps_model_whole: ClassVar[bool]
+    low_precision: ClassVar[bool]
     on_ranks: Callable[..., list[Any]]
 
     @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -275,6 +276,7 @@ class ParameterAccessContract:
         def follows(params: Mapping[str, torch.nn.Parameter], factor: int) -> None:
             for name, param in params.items():
                 expected = (factor * other(param)).to(param.dtype)
+                assert not self.low_precision or param.dtype == torch.bfloat16
                 assert torch.equal(param.detach(), expected), f"{name} does not follow"
 
         self.on_ranks(Recipe(ranks=ranks), body, config={**self.config, **LOW})
