@@ -108,15 +108,17 @@ def main() -> None:
         every = engine.context.config.checkpoint.every
         if engine.global_step > report.start and (every is None or engine.global_step % every):
             engine.save_checkpoint()
-        if engine.context.rank.index == 0:
-            finish(engine, report, output, finished=finished)
+        finish(engine, report, output, finished=finished)
 
 
 def finish(engine: powertrain.Engine, report: Report, output: Path, *, finished: bool) -> None:
     """Leave the curve and a sample, and say where everything lies."""
-    report.draw()
     engine.module.eval()
+    # On every rank, with the same seed: where parameters are sharded, each needs the others to run the model.
     sample = engine.module.continue_text("def ", 400, temperature=0.7, seed=1)
+    if engine.context.rank.index:
+        return
+    report.draw()
     (output / "sample.txt").write_text(sample)
     losses = [row["validation_loss"] for row in report.rows if "validation_loss" in row]
     print(f"\n{sample}\n")
