@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import ClassVar
 
 import torch
 
 from powertrain.errors import AcceleratorError
 from powertrain.roles.accelerator import Accelerator, Memory
-from powertrain_cpu import host
+from powertrain_cpu import heap, host
 from powertrain_cpu.memory import ProcessMemory, host_memory
 
 
 class CpuAccelerator(Accelerator):
     """One processor, shared by all ranks of a host; its memory is the host's.
 
-    Work is done when a call returns, so there is nothing to activate or to wait for.
+    Work is done when a call returns, so there is nothing to wait for.
     """
 
     name: ClassVar[str] = "cpu"
@@ -36,7 +35,8 @@ class CpuAccelerator(Accelerator):
         return torch.device("cpu")
 
     def activate(self, device: torch.device) -> None:
-        """Do nothing: the processor is always current."""
+        """Let freed memory stay with this process: the next step asks for as much."""
+        heap.keep_freed()
 
     def synchronize(self, device: torch.device) -> None:
         """Do nothing: no work is queued."""
@@ -53,9 +53,7 @@ class CpuAccelerator(Accelerator):
 
     def release_unused(self, device: torch.device) -> None:
         """Give free memory in the C library's heap back to the system, where the library can (glibc)."""
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        heap.give_back()
 
     def dtypes(self) -> frozenset[torch.dtype]:
         """Return fp32, bf16, fp16 and fp64; torch emulates what the processor lacks."""

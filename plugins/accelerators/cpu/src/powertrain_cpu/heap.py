@@ -1,0 +1,45 @@
+"""How the C library's heap keeps memory that was freed.
+
+Training frees and asks for the same gigabytes every step. By default glibc gives
+what lies at the end of its heap back to the system as soon as it is free, and the
+next step pays a page fault, and zeros, for each 4 KiB of it: 7 % of a step of a
+small GPT. So freed memory is kept, and given back when somebody asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of parameters in <malloc.h>."""
+
+KEPT_AT_THE_END = 2**31 - 1
+"""Bytes of free memory at the end of the heap from which they are given back: as many as the interface takes."""
+
+OUTSIDE = 32 * 2**20
+"""Bytes from which a block is mapped alone, and unmapped when it is freed: as many as glibc takes."""
+
+SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
+
+
+def keep_freed(environ: Mapping[str, str] = os.environ) -> bool:
+    """Keep freed memory for the next request, unless the user tunes malloc; return whether it is so.
+
+    Does nothing where the C library has no such parameters (musl, macOS).
+    """
+    if "glibc.malloc." in environ.get("GLIBC_TUNABLES", "") or any(name in environ for name in SETTINGS):
+        return False
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    # The second as well: the first alone would fix it at what it happens to be.
+    return option is not None and bool(
+        option(M_TRIM_THRESHOLD, KEPT_AT_THE_END) and option(M_MMAP_THRESHOLD, OUTSIDE)
+    )
+
+
+def give_back() -> None:
+    """Give free memory back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
