@@ -1,14 +1,16 @@
 """The stages of [zero] beside DeepSpeed's, FSDP2, DDP and ZeroRedundancyOptimizer: speed and memory of training a GPT.
 
     python benchmarks/zero.py [--model 34m|118m|tiny] [--precision fp32 bf16] [--accumulation 1 4]
-        [--contenders NAME ...] [--rounds 3] [--steps 8] [--warmup 3] [--json PATH] [--profile]
+        [--contenders NAME ...] [--rounds 6] [--steps 2] [--warmup 2] [--json PATH] [--profile]
 
 All train the same weights on the same batches: 2 ranks of one thread each, gloo
-on loopback, micro-batches of 2, fused AdamW, no clipping. In each round every
-contender runs once, on fresh processes in its own environment, one after the
-other; medians are compared. `bound` is both ranks at once without any
-communication; of it, contenders that shard the update are measured against a
-bound that updates half of the parameters.
+on loopback, micro-batches of 2, fused AdamW, no clipping. Contenders that are
+compared live at the same time, each in its own environment, and take turns of
+a few steps; in each round the next one begins. So a machine whose speed changes
+treats neighbours alike, and a ratio is the median of the rounds' ratios. As many
+live at once as memory holds; ours run again with the peers that found no room.
+`bound` is both ranks at once without any communication; of it, contenders that
+shard the update are measured against a bound that updates half of the parameters.
 
 bytes/parameter are those of all live tensors without the batch, just before the
 optimizer's update and after the step. The loss of every step must agree between
@@ -31,8 +33,9 @@ from pathlib import Path
 
 import torch
 from zero_bench.contenders import CONTENDERS
-from zero_bench.launch import Plan, Run, Setting, launch, missing
+from zero_bench.launch import Run, Setting, missing
 from zero_bench.model import SIZES
+from zero_bench.panel import Plan, compete, panels, room_for
 from zero_bench.table import render
 
 DEFAULT = [name for name in CONTENDERS if name != "fsdp2-once"]
@@ -48,11 +51,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT, metavar="NAME", help=" ".join(CONTENDERS)
     )
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--steps", type=positive, default=8, help="steps that count, in each run")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a run counts as failed")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write every run")
+    parser.add_argument("--rounds", type=positive, default=6, help="turns of each contender")
+    parser.add_argument("--steps", type=positive, default=2, help="steps in a turn")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the first turn")
+    parser.add_argument("--alive", type=positive, metavar="N", help="contenders at once; default: what memory holds")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a turn counts as failed")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write every turn")
     parser.add_argument("--profile", action="store_true", help="show where powertrain's processor time goes in a step")
     return parser.parse_args()
 
@@ -64,26 +68,28 @@ def positive(text: str) -> int:
     return value
 
 
-def measure(queue: Sequence[tuple[Setting, int, str]], options: argparse.Namespace) -> list[Run]:
-    """Run everything in turn; return what was measured when it is through or interrupted."""
+def measure(settings: Sequence[Setting], options: argparse.Namespace) -> tuple[list[Run], bool]:
+    """Run everything; return what was measured, and whether all of it was before an interrupt."""
+    plan = Plan(options.rounds, options.steps, options.warmup, options.timeout, options.profile)
     runs: list[Run] = []
-    seconds: dict[tuple[str, Setting], float] = {}
+    began, done = time.monotonic(), 0
+    queue = [
+        (setting, names)
+        for setting in settings
+        for names in panels(options.contenders, options.alive or room_for(setting))
+    ]
     try:
-        for done, (setting, number, name) in enumerate(queue):
-            known = [seconds.get((one, where)) for where, _, one in queue[done:]]
-            mean = sum(seconds.values()) / len(seconds) if seconds else None
-            left = f"about {sum(one or mean for one in known) / 60:.0f} min left" if mean else "time unknown"
-            say(f"[{done + 1}/{len(queue)}] {setting}, round {number + 1}: {name} ({left})")
-            began = time.monotonic()
-            profiled = options.profile and CONTENDERS[name].ours and number + 1 == options.rounds
-            run = launch(name, setting, number, Plan(options.steps, options.warmup, options.timeout, profiled))
-            seconds[name, setting] = time.monotonic() - began
-            if run.error:
-                say(f"    FAILED: {run.error}")
-            runs.append(run)
+        for number, (setting, names) in enumerate(queue):
+            spent = time.monotonic() - began
+            left = f"about {spent / done * (len(queue) - done) / 60:.0f} min left" if done else "time unknown"
+            say(f"[{number + 1}/{len(queue)}] {setting}: {', '.join(names)} ({left})")
+            for measured in compete(names, setting, plan, number * plan.rounds, say):
+                runs += measured
+            done += 1
     except KeyboardInterrupt:
-        say(f"interrupted after {len(runs)} of {len(queue)} runs")
-    return runs
+        say(f"interrupted in panel {done + 1} of {len(queue)}")
+        return runs, False
+    return runs, True
 
 
 def say(text: str) -> None:
@@ -101,13 +107,7 @@ def main() -> int:
         for precision in options.precision
         for accumulation in options.accumulation
     ]
-    queue = [
-        (setting, number, name)
-        for setting in settings
-        for number in range(options.rounds)
-        for name in dict.fromkeys(options.contenders)
-    ]
-    runs = measure(queue, options)
+    runs, complete = measure(settings, options)
     machine = {
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
@@ -123,10 +123,10 @@ def main() -> int:
         if any(run.setting == setting for run in runs):
             print(render(setting, runs), end="\n\n")
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    for run in runs:
-        if run.profile:
-            print(f"\n{run.contender}, {run.setting}: one step of rank 0\n{run.profile}")
-    return 130 if len(runs) < len(queue) else int(any(run.error for run in runs))
+    profiles = {(run.contender, run.setting): run.profile for run in runs if run.profile}
+    for (contender, setting), profile in profiles.items():
+        print(f"\n{contender}, {setting}: one step of rank 0\n{profile}")
+    return int(any(run.error for run in runs)) if complete else 130
 
 
 if __name__ == "__main__":

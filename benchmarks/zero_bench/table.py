@@ -14,7 +14,7 @@ FASTER = {"deepspeed": 1.2, "fsdp2": 1.15, "ddp": 1.0, "zero1": 1.0}  # tokens/s
 LEANER = 1.0  # memory, at most, of the peer's
 FORMULA = {1: (8.0, 8.0), 2: (4.0, 12.0), 3: (0.0, 16.0)}  # fp32 bytes a parameter: on every rank, and over all ranks
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of the loss of each step
-HEAD = "{:14} {:>9} {:>15} {:>8} {:>9} {:>15} {:>10} {:>9}"
+HEAD = "{:14} {:>9} {:>15} {:>8} {:>10} {:>9} {:>15} {:>10} {:>9}"
 PEERS_OF = {
     "powertrain-0": ("deepspeed-0", "ddp"),
     "powertrain-1": ("deepspeed-1", "ddp", "zero1-torch"),
@@ -93,8 +93,8 @@ def render(setting: Setting, runs: Sequence[Run]) -> str:
     bound = next((row for row in rows if row.contender == "bound"), None)
     lines = [
         f"{setting}: {count:,} parameters, {tokens_a_step(setting)} tokens a step",
-        HEAD.format("contender", "tokens/s", "rounds", "of bound", "peak RSS", "bytes/param", "last loss", "deviation"),
-        HEAD.format("", "median", "min - max", "", "MB", "update / after", "", "").rstrip(),
+        HEAD.format("contender", "tokens/s", "rounds", "of bound", "processor", "peak RSS", "bytes/param", "last loss", "deviation"),
+        HEAD.format("", "median", "min - max", "", "s/step", "MB", "update / after", "", "").rstrip(),
     ]
     for row in rows:
         if not row.good:
@@ -103,13 +103,15 @@ def render(setting: Setting, runs: Sequence[Run]) -> str:
         speeds = row.speeds()
         share = bound_share(row, bound) if bound is not None else None
         at_update = max((run.bytes_at_update for run in row.good if run.bytes_at_update is not None), default=None)
-        state = f"{'-' if at_update is None else f'{at_update / count:.1f}'} / {row.median(after) / count:.1f}"
+        left = [run.bytes_after for run in row.good if run.bytes_after is not None]
+        state = " / ".join("-" if n is None else f"{n / count:.1f}" for n in (at_update, max(left, default=None)))
         lines.append(
             HEAD.format(
                 row.contender,
                 f"{statistics.median(speeds):.0f}",
                 f"{min(speeds):.0f} - {max(speeds):.0f}",
                 "-" if share is None else f"{share:.2f}",
+                f"{row.median(lambda run: run.processor_seconds):.2f}",
                 f"{row.median(rss) / 1e6:.0f}",
                 state,
                 f"{row.good[-1].losses[-1]:.5f}",
@@ -154,7 +156,7 @@ def promises(rows: Sequence[Row], setting: Setting) -> list[str]:
     lines = []
     for row in rows:
         stage = int(row.contender[-1]) if row.contender.startswith("powertrain-") else 0
-        if stage and row.good:
+        if stage and row.good and row.median(after) == row.median(after):
             everywhere, shared = FORMULA[stage]
             formula, found = everywhere + shared / RANKS, row.median(after) / count
             allowed = 1.03 * formula + 2 * 4 * unit / count
@@ -173,7 +175,7 @@ def remark(row: Row, setting: Setting) -> str:
 
 def bounded(ratio: float | None) -> str:
     """Return a ratio of memory and its verdict."""
-    return "-" if ratio is None else verdict(ratio, round(ratio, 2) <= LEANER)
+    return "-" if ratio is None or ratio != ratio else verdict(ratio, round(ratio, 2) <= LEANER)
 
 
 def verdict(ratio: float, met: bool) -> str:
@@ -187,5 +189,5 @@ def rss(run: Run) -> float:
 
 
 def after(run: Run) -> float:
-    """Return the bytes of live tensors after a step."""
-    return run.bytes_after
+    """Return the bytes of live tensors after a step; not a number when nobody looked."""
+    return float("nan") if run.bytes_after is None else run.bytes_after

@@ -1,13 +1,16 @@
-"""One rank of one contender: torchrun -m zero_bench.worker CONTENDER ... writes <out>/rank<r>.json."""
+"""One rank of one contender: python -m zero_bench.worker CONTENDER ... --channel FD, asked for steps in turns.
+
+Messages through the channel are tuples: ("steps", n) is answered by the seconds
+and losses of so many steps, ("finish", profile) by what the process holds.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
-from dataclasses import asdict
-from pathlib import Path
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,42 +27,39 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, required=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), required=True)
     parser.add_argument("--accumulation", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warmup", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--channel", type=int, required=True)
     options = parser.parse_args()
 
+    channel: Connection[Any, Any] = Connection(options.channel)
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), SIZES[options.model]
     contender = CONTENDERS[options.contender]
     job = Job(options.precision, options.accumulation, contender.stage)
-    began = time.perf_counter()
     step = contender.start(build(size), job)
-    start_seconds, start_rss = time.perf_counter() - began, peak_rss()
-
-    seconds, losses = [], []
-    for index in range(options.warmup + options.steps):
-        tokens = batch(size, options.accumulation, index, rank)
-        if not contender.synchronous:
-            dist.barrier()  # untimed: both ranks compute at the same time
-        began = time.perf_counter()
-        losses.append(step(tokens))
-        seconds.append(time.perf_counter() - began)
-    result = {
-        **asdict(job),
-        "seconds": seconds[options.warmup :],
-        "update_seconds": job.update_seconds[options.warmup :],
-        "losses": losses,
-        "start_seconds": start_seconds,
-        "start_rss": start_rss,
-        "peak_rss": peak_rss(),  # before the steps below, which look at memory and time
-    }
-    tokens = batch(size, options.accumulation, len(losses), rank)
-    result["bytes_at_update"], result["bytes_after"] = held(step, tokens)
-    if options.profile:
-        result["profile"] = profile(step, tokens)
-    options.out.joinpath(f"rank{rank}.json").write_text(json.dumps(result))
+    channel.send({"start_rss": peak_rss()})
+    done = 0
+    while True:
+        request, argument = channel.recv()
+        if request == "finish":
+            break
+        seconds, losses = [], []
+        job.update_seconds.clear()
+        used = time.process_time()
+        for index in range(done, done + argument):
+            tokens = batch(size, options.accumulation, index, rank)
+            if not contender.synchronous:
+                dist.barrier()  # untimed: both ranks compute at the same time
+            began = time.perf_counter()
+            losses.append(step(tokens))
+            seconds.append(time.perf_counter() - began)
+        done += argument
+        used = (time.process_time() - used) / argument
+        report = {"seconds": seconds, "update_seconds": list(job.update_seconds), "losses": losses}
+        channel.send({**report, "processor_seconds": used, "peak_rss": peak_rss()})
+    tokens = batch(size, options.accumulation, done, rank)
+    at_update, after = held(step, tokens)
+    shown = profile(step, tokens) if argument else ""
+    channel.send({"bytes_at_update": at_update, "bytes_after": after, "profile": shown})
 
 
 def held(step: Step, tokens: torch.Tensor) -> tuple[int | None, int]:
