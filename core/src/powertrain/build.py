@@ -102,6 +102,8 @@ def initialize(
     accelerator.activate(device)
     mesh = Mesh.build(rank.world_size, rank.index)
     batch = configuration.resolve_batch(settings.batch, mesh.size("data"), settings.origins)
+    for plugin in hooks.plugins.values():
+        plugin.check_ranks(plugin.config, mesh.size("data"))
     settings = configuration.derive(settings, mesh.size("data"))
     communicator = connect(hooks, settings, accelerator, device, mesh, rank)
     try:

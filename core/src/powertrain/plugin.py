@@ -97,3 +97,13 @@ class Plugin(Generic[C]):
         Asked only of plugins that make accelerators.
         """
         return Probe(True, "always there")
+
+    @classmethod
+    def check_ranks(cls, table: C, ranks: int) -> None:
+        """Refuse a table that so many data ranks cannot be used with; ``powertrain config check --ranks`` asks.
+
+        Nothing is constructed or connected then. A run asks as well, before its ranks connect.
+
+        Raises:
+            PowertrainError: says which numbers would do.
+        """

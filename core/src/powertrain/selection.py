@@ -7,10 +7,13 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import attrs
+
 from powertrain import hookspecs
 from powertrain.config import DEFAULT, Config, Problem
 from powertrain.config.origin import key, quoted
 from powertrain.config.problem import error as configuration_error
+from powertrain.config.record import expected, keys, type_hints
 from powertrain.discovery import Installed, Schemas, allowed, installed, load
 from powertrain.environment import setting, strict_plugins
 from powertrain.errors import PluginBroken, PluginError, PluginMissing
@@ -81,7 +84,8 @@ def check_names(
         environ: the environment; this process's own when omitted.
 
     Raises:
-        ConfigError: ``[plugins]`` names what is not installed, or requires what it disables.
+        ConfigError: ``[plugins]`` names what is not installed, requires what it disables, or requires a
+            plugin whose table cannot be left out.
         PluginError: a requirement is not met, or ``POWERTRAIN_PLUGINS`` does not allow a plugin.
     """
     known = installed(config.plugins.pin)
@@ -96,6 +100,8 @@ def check_names(
                 where=f"POWERTRAIN_PLUGINS={setting('POWERTRAIN_PLUGINS', environ)}",
                 remedy="add it to the variable, or leave its section out",
             )
+    if problems := list(_without_table(config, schemas, [name for name in named if name not in given], known)):
+        raise configuration_error(config.name, problems)
 
 
 def _named(config: Config, schemas: Schemas, known: Mapping[str, Installed]) -> tuple[list[str], str | None]:
@@ -135,6 +141,24 @@ def _misnamed(config: Config, known: Mapping[str, Installed | None]) -> Iterator
         if choice not in {*known, *owners, *rivals}:
             message = f"no plugin or distribution called {choice!r} is installed"
             yield problem(f"pin.{key(name)}", message, choice, [*known, *owners, *rivals])
+
+
+def _without_table(
+    config: Config, schemas: Schemas, named: Iterable[str], known: Mapping[str, Installed]
+) -> Iterator[Problem]:
+    """Yield the keys without a default of plugins that are required and have no section."""
+    for name in named:
+        if name in schemas.classes:
+            continue
+        table = load(name, known).Config
+        for field_name, field in keys(table).items():
+            if field.default is attrs.NOTHING:
+                yield Problem(
+                    path=f"{name}.{field_name}",
+                    message=f"required key is missing: plugins.require asks for {name!r}, but there is no [{name}]",
+                    where=str(config.origins.get("plugins.require", config.name)),
+                    expected=expected(field, type_hints(table)[field_name]),
+                )
 
 
 def _constructed(plugin: type[Plugin[Any]], table: Any, entry: Installed | None) -> Plugin[Any]:

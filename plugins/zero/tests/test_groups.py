@@ -10,6 +10,7 @@ from powertrain.errors import ShardingError
 from powertrain.roles.communicator import Communicator
 from powertrain.testing.loopback import LoopbackWorld
 from powertrain_zero.config import ZeroConfig
+from powertrain_zero.plugin import ZeroPlugin
 from powertrain_zero.groups import Groups, hops
 
 
@@ -100,6 +101,16 @@ def test_nodes_that_do_not_come_out_even() -> None:
     """A size that was asked for is not dropped in silence."""
     with pytest.raises(ShardingError, match=r"zero\.node"):
         find_hops(8, 4, node=3)
+
+
+def test_groups_are_checked_before_a_run() -> None:
+    """``powertrain config check --ranks`` asks the plugin, which needs no ranks to say that they do not divide."""
+    table = ZeroConfig(stage=3, shard_group=4, secondary=2)
+    for ranks in (4, 8):
+        ZeroPlugin.check_ranks(table, ranks)
+    for ranks, key in ((6, "shard_group"), (2, "shard_group")):
+        with pytest.raises(ShardingError, match=f"zero.{key}"):
+            ZeroPlugin.check_ranks(table, ranks)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from powertrain.discovery import Schemas
 
 _RANKS = click.option(
-    "--ranks", type=click.IntRange(min=1), metavar="N", help="Check the batch sizes for this many data ranks."
+    "--ranks", type=click.IntRange(min=1), metavar="N", help="Check batch and group sizes for this many data ranks."
 )
 _SET = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key: batch.micro=4. May be repeated."
@@ -70,7 +70,7 @@ def _report(file: str, error: PowertrainError | None) -> dict[str, Any]:
 
 
 def _load(file: str | None, ranks: int | None, settings: Sequence[str]) -> Config:
-    """Read and check one file, and its batch sizes where the number of ranks is known."""
+    """Read and check one file, and what depends on the number of ranks where it is known."""
     from powertrain.config import read, resolve_batch, structure
     from powertrain.discovery import schemas_for
     from powertrain.selection import check_names
@@ -81,6 +81,9 @@ def _load(file: str | None, ranks: int | None, settings: Sequence[str]) -> Confi
     check_names(made, schemas)
     if ranks is not None:
         resolve_batch(made.batch, ranks, made.origins)
+        for name, plugin in schemas.classes.items():
+            if name not in made.plugins.disable:
+                plugin.check_ranks(made.tables[name], ranks)
     return made
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import attrs
 from attrs import validators
 
+from powertrain.errors import ShardingError
+
 _at_least_one = validators.optional(validators.ge(1))
 
 
@@ -25,8 +27,7 @@ class ZeroConfig:
 
     bucket: int = attrs.field(default=4_000_000, validator=validators.ge(1))
     """Stages 1 and 2: neighbouring parameters are reduced together, up to this many elements. Larger buckets cost
-    memory and start later; smaller ones cost a collective each. A bucket with a parameter that no batch uses holds
-    back those registered before it until backward is over. Default 4,000,000."""
+    memory and start later; smaller ones cost a collective each. Default 4,000,000."""
 
     prefetch: int = attrs.field(default=1, validator=validators.ge(0))
     """Stage 3: units whose gathering starts ahead of their turn, forward and backward. Each costs the memory of
@@ -80,3 +81,53 @@ class ZeroConfig:
         group = self.reshard_after_forward
         if self.secondary is not None and group is not True:
             raise ValueError("secondary and reshard_after_forward both say what is kept after forward; leave one out")
+
+    @property
+    def kept(self) -> tuple[str, int] | None:
+        """Return the key that asks for a second slice after forward, and among how many ranks; None: none."""
+        group = self.reshard_after_forward
+        if not isinstance(group, bool):
+            return "reshard_after_forward", group
+        return None if self.secondary is None else ("secondary", self.secondary)
+
+    def check_ranks(self, ranks: int) -> None:
+        """Check that ``ranks`` data ranks can be cut into the groups that are asked for.
+
+        Raises:
+            ShardingError: they cannot; says which sizes, and which numbers of ranks, would do.
+        """
+        shards = ranks if self.shard_group is None else self.shard_group
+        if self.shard_group is not None:
+            check_divides("shard_group", self.shard_group, ranks)
+        grouped = shards != ranks
+        if self.kept is not None:
+            check_divides(*self.kept, shards, grouped=grouped)
+        if self.node is not None and shards > 1:
+            check_divides("node", self.node, shards, grouped=grouped)
+
+
+def check_divides(key: str, size: int, ranks: int, *, grouped: bool = False) -> None:
+    """Check that ``ranks`` can be cut into groups of ``size``.
+
+    Args:
+        key: of the ``[zero]`` table, which says the size.
+        size: ranks in a group.
+        ranks: that are cut.
+        grouped: they are one shard group, not all data ranks.
+
+    Raises:
+        ShardingError: they cannot; says which sizes, and which numbers of ranks, would do.
+    """
+    if ranks % size == 0:
+        return
+    sizes = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+    near = " or ".join(str(n) for n in (ranks // size * size, (ranks // size + 1) * size) if n)
+    who = f"the {ranks} ranks of a shard group" if grouped else f"{ranks} ranks"
+    other = f"zero.shard_group to {near}" if grouped else f"start {near} ranks"
+    raise ShardingError(
+        f"{who} cannot be cut into groups of {size}",
+        where=f"zero.{key}",
+        expected=f"a divisor of {ranks}: {sizes}",
+        found=str(size),
+        remedy=f"set zero.{key} to one of these, or {other}",
+    )

@@ -6,7 +6,6 @@ from collections import Counter
 
 import attrs
 
-from powertrain.errors import ShardingError
 from powertrain.roles.communicator import Communicator
 from powertrain_zero.config import ZeroConfig
 
@@ -37,47 +36,15 @@ class Groups:
         """
         ranks = communicator.size("data")
         shard, replica = "data", None
+        config.check_ranks(ranks)
         if config.shard_group is not None and config.shard_group != ranks:
-            check_divides("shard_group", config.shard_group, ranks)
             shard, replica = communicator.split("data", config.shard_group)
-        group = config.reshard_after_forward
-        kept, key = config.secondary, "secondary"
-        if not isinstance(group, bool):
-            kept, key = group, "reshard_after_forward"
         secondary = None
         shards = communicator.size(shard)
-        if kept is not None and kept != shards:
-            check_divides(key, kept, shards, grouped=replica is not None)
+        if config.kept is not None and config.kept[1] != shards:
             # Shard groups are neighbours as well: within one of them these are its own parts.
-            secondary, _ = communicator.split("data", kept)
+            secondary, _ = communicator.split("data", config.kept[1])
         return cls(shard=shard, shards=shards, index=communicator.index(shard), replica=replica, secondary=secondary)
-
-
-def check_divides(key: str, size: int, ranks: int, *, grouped: bool = False) -> None:
-    """Check that ``ranks`` can be cut into groups of ``size``.
-
-    Args:
-        key: of the ``[zero]`` table, which says the size.
-        size: ranks in a group.
-        ranks: that are cut.
-        grouped: they are one shard group, not all data ranks.
-
-    Raises:
-        ShardingError: they cannot; says which sizes, and which numbers of ranks, would do.
-    """
-    if ranks % size == 0:
-        return
-    sizes = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-    near = " or ".join(str(n) for n in (ranks // size * size, (ranks // size + 1) * size) if n)
-    who = f"the {ranks} ranks of a shard group" if grouped else f"{ranks} ranks"
-    other = f"zero.shard_group to {near}" if grouped else f"start {near} ranks"
-    raise ShardingError(
-        f"{who} cannot be cut into groups of {size}",
-        where=f"zero.{key}",
-        expected=f"a divisor of {ranks}: {sizes}",
-        found=str(size),
-        remedy=f"set zero.{key} to one of these, or {other}",
-    )
 
 
 def hops(config: ZeroConfig, groups: Groups, communicator: Communicator, local_size: int) -> tuple[str, ...]:
@@ -89,15 +56,10 @@ def hops(config: ZeroConfig, groups: Groups, communicator: Communicator, local_s
         communicator: connects them.
         local_size: how many ranks this host runs; counts where ``node`` is absent. Where hosts and
             shards do not come out even, all shards are one node.
-
-    Raises:
-        ShardingError: ``node`` does not divide the shards.
     """
     node = config.node
     if node is None:
         node = _shards_on_a_host(groups, communicator, local_size)
-    else:
-        check_divides("node", node, groups.shards, grouped=groups.replica is not None)
     if node in (1, groups.shards):
         return (groups.shard,)
     return communicator.split(groups.shard, node)

@@ -30,6 +30,11 @@ class ZeroPlugin(Plugin[ZeroConfig]):
 
         return ShardedOptimizer(model, optimizer, self.config, context)
 
+    @classmethod
+    def check_ranks(cls, table: ZeroConfig, ranks: int) -> None:
+        """Refuse group sizes that do not divide the ranks."""
+        table.check_ranks(ranks)
+
     @staticmethod
     @hookimpl
     def add_commands(cli: click.Group) -> None:

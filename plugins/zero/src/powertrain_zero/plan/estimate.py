@@ -18,7 +18,6 @@ from powertrain.layout import FlatLayout
 from powertrain_zero.config import ZeroConfig
 from powertrain_zero.flat import ALIGN, flat_layout
 from powertrain_zero.gradients import IN_FLIGHT, add_up_whole
-from powertrain_zero.groups import check_divides
 from powertrain_zero.plan.activations import Activations
 from powertrain_zero.plan.probe import OptimizerFacts
 from powertrain_zero.quantize import BLOCK
@@ -256,10 +255,8 @@ def shard_count(zero: ZeroConfig, ranks: int) -> int:
     Raises:
         ShardingError: the ranks cannot be cut into groups of that size.
     """
-    if zero.shard_group is None:
-        return ranks
-    check_divides("shard_group", zero.shard_group, ranks)
-    return zero.shard_group
+    zero.check_ranks(ranks)
+    return ranks if zero.shard_group is None else zero.shard_group
 
 
 def _pieces(
