@@ -118,6 +118,9 @@ class FlatGradients:
         self._shard = None if whole else arena.take(flat.shard_numel, accumulate)
         self._open: torch.Tensor | None = None  # where gradients go that have not been sent
         self._filled = [False] * len(flat.named)  # which parts of it are defined
+        # What is waited for before a reduction starts: everything, and after a step what any step has used.
+        self._expected = [True] * len(flat.named)
+        self._ever = [False] * len(flat.named)
         self._missing = len(flat.named)
         self._arrived = [False] * len(flat.named)
         self._flight: tuple[Handle, torch.Tensor] | None = None
@@ -135,7 +138,11 @@ class FlatGradients:
 
     @property
     def complete(self) -> bool:
-        """Whether each parameter got a gradient since ``begin``."""
+        """Whether each parameter that gets gradients has got one since ``begin``.
+
+        One that no step so far has used is not waited for. If it is used after all, its gradient comes late,
+        once, and is sent at the end.
+        """
         return self._missing == 0
 
     @property
@@ -145,10 +152,15 @@ class FlatGradients:
 
     def begin(self, *, first: bool) -> None:
         """Prepare for a micro-batch; the first one of a step forgets the old gradients."""
-        self._missing = len(self._arrived)
-        self._arrived = [False] * self._missing
         if first:
             self.drop()
+        self._missing = sum(self._expected)
+        self._arrived = [False] * len(self._arrived)
+
+    def learn(self) -> None:
+        """Expect, from the end of this step on, what this rank has used so far."""
+        self._ever = [before or now for before, now in zip(self._ever, self.used, strict=True)]
+        self._expected = self._ever
 
     def drop(self) -> None:
         """Forget all gradients of this step."""
@@ -173,7 +185,7 @@ class FlatGradients:
         self.used[index] = True
         if not self._arrived[index]:
             self._arrived[index] = True
-            self._missing -= 1
+            self._missing -= self._expected[index]
 
     def _borrow(self) -> torch.Tensor:
         while len(self._flights) >= IN_FLIGHT:

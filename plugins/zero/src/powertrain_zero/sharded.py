@@ -290,6 +290,7 @@ class ShardedOptimizer(OptimizerWrapper):
         for unit in self.units:
             for gradients in unit.gradients:
                 gradients.settle()
+                gradients.learn()
         self._pool.trim()
         self._first = True
         return self._updater.step(self.publish_unit, grad_scale=grad_scale, clip=clip, check_overflow=check_overflow)
