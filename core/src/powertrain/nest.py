@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,16 @@ def leaves(nest: Any) -> Iterator[Any]:
             yield from leaves(value)
     else:
         yield nest
+
+
+def tensors(nest: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a nest, also those in the fields of dataclasses."""
+    for leaf in leaves(nest):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                yield from tensors(getattr(leaf, field.name, None))
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], nest: Any) -> Any:

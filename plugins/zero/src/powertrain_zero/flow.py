@@ -11,7 +11,6 @@ same on every rank, whatever each has run.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 import attrs
 import torch
 
+from powertrain import nest
 from powertrain.compat import after_backward, in_backward
 from powertrain.errors import ShardingError
 from powertrain_zero.backward import Backward
@@ -362,19 +362,4 @@ def _once(action: Callable[[], None]) -> Callable[[], None]:
 
 def _differentiable(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors with gradients of a nest."""
-    return (tensor for tensor in tensors_in(value) if tensor.requires_grad)
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a nest of tuples, lists, mappings and plain objects with attributes."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name, None))
+    return (tensor for tensor in nest.tensors(value) if tensor.requires_grad)
