@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
@@ -17,3 +17,8 @@ def did_you_mean(name: str, choices: Iterable[str], before: str = "; did you mea
     """Return ``; did you mean 'x'?`` when something near exists, else an empty string."""
     match = nearest(name, choices)
     return f"{before}{match!r}?" if match else ""
+
+
+def some(names: Sequence[str], most: int = 12) -> str:
+    """Return the names in a row; when there are more than ``most``, the first ones and how many there are."""
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -15,7 +15,7 @@ import attrs
 import torch
 
 from powertrain.errors import ShardingError
-from powertrain.text import did_you_mean
+from powertrain.text import did_you_mean, some
 
 ROOT = "(root)"
 """The name of the unit of what no other unit holds."""
@@ -105,7 +105,7 @@ def _groups(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -> l
     paths = [path for path, module in model.named_modules() if type(module).__name__ == unit and path]
     if not paths:
         classes = Counter(type(module).__name__ for path, module in model.named_modules() if path)
-        shown = ", ".join(f"{name} ({count})" for name, count in classes.most_common(12))
+        shown = some([f"{name} ({count})" for name, count in classes.most_common()]) or "it has no module within"
         raise ShardingError(
             f"no module of the model is a {unit!r}{did_you_mean(unit, list(classes))}",
             where="zero.unit",
@@ -165,7 +165,7 @@ def _by_path(model: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
         found = [path for path in paths if path.count(".") == depth and fnmatch.fnmatchcase(path, pattern)]
         if not found:
             near = [path for path in paths if path.count(".") == depth] or paths
-            shown = ", ".join(near[:12]) + (f", … ({len(near)} in all)" if len(near) > 12 else "")
+            shown = some(near) or "it has no module within"
             raise ShardingError(
                 f"no module of the model has the path {pattern!r}{did_you_mean(pattern, paths)}",
                 where="zero.unit",

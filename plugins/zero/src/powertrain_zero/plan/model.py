@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from powertrain.errors import ShardingError
-from powertrain.text import did_you_mean
+from powertrain.text import did_you_mean, some
 
 FORMS = (
     "package.module:callable, path/to/file.py:callable, or a Hugging Face configuration (its directory or config.json)"
@@ -100,11 +100,11 @@ def _hugging_face(spec: str, arguments: Mapping[str, Any]) -> tuple[Callable[[],
             f"{file} does not say which model it describes",
             where="--model",
             expected='a JSON object with "model_type"',
-            found=", ".join(list(content)[:8]) if isinstance(content, dict) else type(content).__name__,
+            found=some(list(content), 8) if isinstance(content, dict) else type(content).__name__,
             remedy="give the config.json of a Hugging Face model",
         )
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
     except ImportError as error:
         raise ShardingError(
             f"{file} is a Hugging Face configuration, and transformers is not installed",
@@ -117,7 +117,11 @@ def _hugging_face(spec: str, arguments: Mapping[str, Any]) -> tuple[Callable[[],
         kind = content.pop("model_type")
         for key in ("quantization_config", "dtype", "torch_dtype"):
             content.pop(key, None)  # formats are what [precision] says
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**content, **arguments}))
+        config = transformers.AutoConfig.for_model(kind, **{**content, **arguments})
+        # A configuration that was saved with a model says of which class it was.
+        architectures = [getattr(transformers, name, None) for name in config.architectures or ()]
+        kinds = [architecture for architecture in architectures if architecture is not None]
+        return kinds[0](config) if kinds else transformers.AutoModelForCausalLM.from_config(config)
 
     return make, str(file)
 
@@ -126,7 +130,7 @@ def _callable(spec: str, arguments: Mapping[str, Any]) -> Callable[[], Any]:
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
         near = [file.name for file in Path().glob("*.py")]
-        here = f"files here: {', '.join(sorted(near)[:6])}" if near else "no such file or directory"
+        here = f"files here: {some(sorted(near), 6)}" if near else "no such file or directory"
         raise ShardingError(
             f"--model {spec!r} names no model",
             where="--model",
@@ -142,7 +146,7 @@ def _callable(spec: str, arguments: Mapping[str, Any]) -> Callable[[], Any]:
             raise ShardingError(
                 f"{place} has no {part!r}{did_you_mean(part, public)}",
                 where="--model",
-                expected=f"one of {', '.join(public[:12]) or 'nothing that could be called'}",
+                expected=f"one of {some(public) or 'nothing that could be called'}",
                 found=spec,
                 remedy="name the class or function that makes the model",
             )
@@ -166,7 +170,7 @@ def _from_file(path: Path, spec: str) -> Any:
             f"there is no file {path}{did_you_mean(path.name, there)}",
             where="--model",
             expected=FORMS,
-            found=f"tried {path.absolute()}" + (f"; there are {', '.join(there[:6])}" if there else ""),
+            found=f"tried {path.absolute()}" + (f"; there are {some(there, 6)}" if there else ""),
             remedy="check the path; it is relative to the working directory",
         )
     name = f"powertrain_plan_{path.stem}"
