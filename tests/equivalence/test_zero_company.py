@@ -206,6 +206,14 @@ def test_a_router_that_sends_ranks_to_different_experts() -> None:
         company.equal(parts, sharded.parameters(replicated))
 
 
+def test_a_router_over_processes(ranks: Any) -> None:
+    """The same with four processes over gloo, where a collective that somebody misses would hang."""
+    batches = [company.routed_micros(4)] * 10
+    cases = [(batches, company.config(stage), {}) for stage in (0, 3)]
+    replicated, sharded_ones = zip(*ranks(4, company.train_many, company.make_routed, cases), strict=True)
+    company.equal(sharded_ones, sharded.parameters(replicated))
+
+
 def repeat(settings: dict[str, Any], batches: list[list[Any]], times: int) -> list[str]:
     """Train anew so often with one engine, from the same values each time; run on every rank."""
     results = []

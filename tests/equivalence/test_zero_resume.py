@@ -66,3 +66,33 @@ def test_any_layout_loads_any_other(ranks: Any, tmp_path: Path, saved_as: tuple[
             expected = {step: saved[0]["losses"][step] for step in mine["losses"]}
             assert mine["losses"] == pytest.approx(expected, rel=1e-5)
             assert sorted(mine["losses"]) == list(range(SAVED_AFTER + 1, STEPS + 1))
+
+
+def run_matrices(kind: type[torch.optim.Optimizer], config: dict[str, Any], directory: str, load: bool) -> Any:
+    """Train matrices with an optimizer that must see them whole, on from a checkpoint or up to one."""
+    torch.manual_seed(99 if load else 3)
+    model = nn.Sequential(*(nn.Linear(plain.FEATURES, plain.FEATURES, bias=False) for _ in range(5)))
+    with powertrain.initialize(
+        model, config, loss_fn=nn.CrossEntropyLoss(), optimizer=kind(model.parameters(), lr=1e-2)
+    ) as engine:
+        if load:
+            engine.load_checkpoint(directory)
+        share = engine.context.batch.accumulation
+        mine = [(x, y) for x, _, y in sharded.data(MICRO_BATCHES)][engine.data_rank * share :][:share]
+        losses = [float(engine.train_step(iter(mine))) for _ in range(3)]
+        if not load:
+            engine.save_checkpoint(directory)
+        state = sharded.slices(engine)
+        return {"losses": losses, "state": state, "next": [float(engine.train_step(iter(mine))) for _ in range(3)]}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Muon, torch.optim.Adafactor])
+def test_optimizers_of_whole_matrices_resume(ranks: Any, tmp_path: Path, kind: type[torch.optim.Optimizer]) -> None:
+    """State that has another shape than its parameter, or none but a momentum, is loaded under another layout."""
+    world, config = layout(3, 2)
+    config["optimizer"] = {}
+    saved = ranks(world, run_matrices, kind, config, str(tmp_path), False)
+    for other_world, other in (layout(1, 4), layout(3, 4), layout(0, 1)):
+        loaded = ranks(other_world, run_matrices, kind, {**other, "optimizer": {}}, str(tmp_path), True)
+        for mine in loaded:
+            assert mine["losses"] == pytest.approx(saved[0]["next"], rel=1e-5)
