@@ -2,6 +2,7 @@
 PYTHON ?= python3
 NPROC ?= 2
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -23,7 +24,7 @@ train: $(READY)
 	@$(BIN)/powertrain launch --nproc $(NPROC) examples/gpt/train.py $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

@@ -172,7 +172,7 @@ def test_the_hooks_of_api_1_are_frozen() -> None:
 def test_plugins_declare_these_facts() -> None:
     """The attributes of a plugin class, and the phases, are part of the contract."""
     public = {name for name in vars(Plugin) if not name.startswith("_")}
-    expected = {"name", "api", "phase", "options", "fallback", "support", "Config", "is_available"}
+    expected = {"name", "api", "phase", "options", "fallback", "support", "Config", "is_available", "check_ranks"}
     assert public == expected
     phases = {phase.name: int(phase) for phase in Phase}
     names = ["MATERIALIZE", "COMPRESS", "PARALLELIZE", "RECOMPUTE", "COMPILE", "SHARD"]

@@ -1,4 +1,4 @@
-"""Contenders that are alive at the same time and take turns: what the machine does to one, it does to its neighbours."""
+"""Contenders that live at the same time and take turns: what the machine does to one, it does to its neighbours."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def panels(names: Sequence[str], alive: int) -> list[list[str]]:
     Ours that share peers are together; when their peers are too many, ours run again with the rest.
     """
     families = [["powertrain-0"], ["powertrain-1", "powertrain-2"], ["powertrain-3"]]
-    result, left = [], list(dict.fromkeys(names))
+    result: list[list[str]] = []
     for family in families:
         ours = [name for name in family if name in names]
         wanted = {peer for name in ours for peer in PEERS_OF[name]} | {"bound"}
         peers = [name for name in names if name in wanted]
         room = max(1, alive - len(ours))
-        for start in range(0, len(peers) if ours else 0, room):
-            result.append([*peers[start : start + room], *ours])
+        starts = range(0, len(peers) if ours else 0, room)
+        result += [[*peers[start : start + room], *ours] for start in starts]
         if ours and not peers:
             result.append(ours)
-    rest = [name for name in left if not any(name in panel for panel in result)]
+    rest = [name for name in dict.fromkeys(names) if not any(name in panel for panel in result)]
     return result + [rest[start : start + alive] for start in range(0, len(rest), alive)]
 
 
@@ -86,6 +86,9 @@ def compete(
         losses = tuple(alive[name].losses) if name in alive else ()
         return [replace(run, losses=losses, **more) for run in turns.pop(name, [])]  # type: ignore[arg-type]
 
+    def warm_up(contestant: Contestant) -> None:
+        contestant.turn(plan.warmup, first)
+
     try:
         for name in names:
             say(f"    {name} starts")
@@ -97,15 +100,16 @@ def compete(
                 continue
             turns[name] = []
             if plan.warmup:
-                yield from attempt(name, lambda contestant: contestant.turn(plan.warmup, first) and None)
+                yield from attempt(name, warm_up)
         for number in range(plan.rounds):
             order = list(alive)
             place = number % max(1, len(order))
             for name in [*order[place:], *order[:place]]:
-                yield from attempt(
-                    name,
-                    lambda contestant, name=name: turns[name].append(contestant.turn(plan.steps, first + number)),
-                )
+
+                def go(contestant: Contestant, name: str = name, number: int = number) -> None:
+                    turns[name].append(contestant.turn(plan.steps, first + number))
+
+                yield from attempt(name, go)
             shown = ", ".join(f"{name} {turns[name][-1].step_seconds:.2f}" for name in alive)
             say(f"    round {number + 1} of {plan.rounds}, seconds a step: {shown}")
         for name in list(alive):

@@ -15,6 +15,17 @@ LEANER = 1.0  # memory, at most, of the peer's
 FORMULA = {1: (8.0, 8.0), 2: (4.0, 12.0), 3: (0.0, 16.0)}  # fp32 bytes a parameter: on every rank, and over all ranks
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of the loss of each step
 HEAD = "{:14} {:>9} {:>15} {:>8} {:>10} {:>9} {:>15} {:>10} {:>9}"
+COLUMNS = (
+    "contender",
+    "tokens/s",
+    "rounds",
+    "of bound",
+    "processor",
+    "peak RSS",
+    "bytes/param",
+    "last loss",
+    "deviation",
+)
 PEERS_OF = {
     "powertrain-0": ("deepspeed-0", "ddp"),
     "powertrain-1": ("deepspeed-1", "ddp", "zero1-torch"),
@@ -93,7 +104,7 @@ def render(setting: Setting, runs: Sequence[Run]) -> str:
     bound = next((row for row in rows if row.contender == "bound"), None)
     lines = [
         f"{setting}: {count:,} parameters, {tokens_a_step(setting)} tokens a step",
-        HEAD.format("contender", "tokens/s", "rounds", "of bound", "processor", "peak RSS", "bytes/param", "last loss", "deviation"),
+        HEAD.format(*COLUMNS),
         HEAD.format("", "median", "min - max", "", "s/step", "MB", "update / after", "", "").rstrip(),
     ]
     for row in rows:

@@ -27,16 +27,23 @@ def run(*command, **variables):
     )
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A new plugin of each role, built and installed: the directory of their sources, and where they are installed."""
+    folder = tmp_path_factory.mktemp("written")
+    for role in ROLES:
+        write(f"my-{role}", role, folder / role)
+    flags = ("--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--disable-pip-version-check")
+    installed = run("pip", "install", *flags, "--target", folder / "site", *(folder / role for role in ROLES))
+    assert installed.returncode == 0, installed.stderr
+    return folder, folder / "site"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("role", sorted(ROLES))
-def test_the_template_builds_installs_and_conforms(tmp_path, role):
-    """A new plugin of each role builds, installs, and passes the conformance suite, and has tests of its own."""
-    source, site = tmp_path / "source", tmp_path / "site"
-    write(f"my-{role}", role, source)
-    flags = ("--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--disable-pip-version-check")
-    installed = run("pip", "install", *flags, "--target", site, source)
-    assert installed.returncode == 0, installed.stderr
-
+def test_the_template_builds_installs_and_conforms(written, role):
+    """A new plugin of each role builds, installs and passes the conformance suite."""
+    _, site = written
     suite = run("powertrain.cli", "plugins", "test", f"my-{role}", "--json", PYTHONPATH=str(site))
     assert suite.returncode == 0, suite.stdout + suite.stderr
     results = {result["role"]: result for result in json.loads(suite.stdout)}
@@ -45,9 +52,16 @@ def test_the_template_builds_installs_and_conforms(tmp_path, role):
         assert result["passed"] > 5
         assert result["failed"] == 0
 
-    # They hold the same contracts: that they are found is enough where there is nothing else in them.
-    how = () if role == "communicator" else ("--collect-only",)
-    own = run("pytest", "-q", *how, "--rootdir", source, source / "tests", PYTHONPATH=str(site))
+
+@pytest.mark.slow
+def test_the_template_has_tests_of_its_own(written):
+    """They hold the same contracts: that they are found is enough where there is nothing else in them."""
+    source, site = written
+    common = ("-q", "--import-mode=importlib", "--rootdir", source)
+    found = run("pytest", "--collect-only", *common, *(source / role / "tests" for role in ROLES), PYTHONPATH=str(site))
+    assert found.returncode == 0, found.stdout
+    assert all(f"{role}/tests/" in found.stdout for role in ROLES)
+    own = run("pytest", *common, source / "communicator" / "tests", PYTHONPATH=str(site))
     assert own.returncode == 0, own.stdout
 
 

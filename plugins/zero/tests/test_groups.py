@@ -10,8 +10,8 @@ from powertrain.errors import ShardingError
 from powertrain.roles.communicator import Communicator
 from powertrain.testing.loopback import LoopbackWorld
 from powertrain_zero.config import ZeroConfig
-from powertrain_zero.plugin import ZeroPlugin
 from powertrain_zero.groups import Groups, hops
+from powertrain_zero.plugin import ZeroPlugin
 
 
 def build(ranks: int, rank: int = 0, **table: Any) -> Groups:

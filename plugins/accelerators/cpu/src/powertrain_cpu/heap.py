@@ -9,8 +9,9 @@ small GPT. So freed memory is kept, and given back when somebody asks for that.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Mapping
+
+from powertrain.environment import setting
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of parameters in <malloc.h>."""
@@ -24,18 +25,17 @@ OUTSIDE = 32 * 2**20
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
-def keep_freed(environ: Mapping[str, str] = os.environ) -> bool:
+def keep_freed(environ: Mapping[str, str] | None = None) -> bool:
     """Keep freed memory for the next request, unless the user tunes malloc; return whether it is so.
 
     Does nothing where the C library has no such parameters (musl, macOS).
     """
-    if "glibc.malloc." in environ.get("GLIBC_TUNABLES", "") or any(name in environ for name in SETTINGS):
+    tuned = any(setting(name, environ) is not None for name in SETTINGS)
+    if tuned or "glibc.malloc." in (setting("GLIBC_TUNABLES", environ) or ""):
         return False
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     # The second as well: the first alone would fix it at what it happens to be.
-    return option is not None and bool(
-        option(M_TRIM_THRESHOLD, KEPT_AT_THE_END) and option(M_MMAP_THRESHOLD, OUTSIDE)
-    )
+    return option is not None and bool(option(M_TRIM_THRESHOLD, KEPT_AT_THE_END) and option(M_MMAP_THRESHOLD, OUTSIDE))
 
 
 def give_back() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -64,17 +65,18 @@ def plan(
     this machine. An optimizer, scheduler or loss function that a script passes to powertrain.initialize
     is not seen.
     """
-    from powertrain_zero.plan.probe import probe
+    from powertrain_zero.plan.probe import probe_beside
     from powertrain_zero.plan.view import echo_changes, echo_needs, parse_size
 
     arguments = _arguments(model_args)
     wanted = None if limit is None or limit == "free" else parse_size(limit)
     settings = load_settings(config, overrides, ranks)
     described = _inputs(inputs)
-    optimizer = probe(settings)  # before the model and what it imports: it weighs the process
+    optimizer = probe_beside(settings)  # before the model and what it imports: it weighs the process
     from powertrain_zero.plan.model import build_model
 
     planner = Planner(settings, build_model(spec, arguments), optimizer, batch, sequence, described)
+    planner.activations(planner.now())
     if limit == "free":
         wanted = free_memory(settings)
     needs = {"config": planner.need(planner.now())}
@@ -101,7 +103,7 @@ class Planner:
     Args:
         settings: the configuration.
         model: on the meta device.
-        optimizer: what it keeps.
+        optimizer: tells what it keeps, when it is asked.
         batch: samples for the activations; None: the micro-batch.
         sequence: positions in a sample; None: what the model says.
         inputs: described arguments of forward: shape and format by name.
@@ -111,19 +113,24 @@ class Planner:
         self,
         settings: Settings,
         model: torch.nn.Module,
-        optimizer: OptimizerFacts,
+        optimizer: Callable[[], OptimizerFacts],
         batch: int | None,
         sequence: int | None,
         inputs: Mapping[str, tuple[tuple[int, ...], str]],
     ) -> None:
         self._settings = settings
         self._model = model
-        self.optimizer = optimizer
+        self._probed = optimizer
         self._batch = batch or settings.batch.micro
         self._sequence = sequence
         self._inputs = inputs
         self._host = on_host(settings.config)
         self._measured: dict[tuple[int, str], Activations] = {}
+
+    @cached_property
+    def optimizer(self) -> OptimizerFacts:
+        """What the optimizer keeps."""
+        return self._probed()
 
     @property
     def fixed(self) -> int:

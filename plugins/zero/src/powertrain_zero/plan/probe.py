@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,8 @@ from powertrain.errors import OptimizerError, PowertrainError
 from powertrain_zero.plan.settings import Settings, make_recipe, optimizer_factory
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     import torch
 
 SIDES = ((), (1009,), (31, 37), (7, 11, 13), (5, 7, 11, 13))
@@ -76,6 +81,48 @@ class OptimizerFacts:
     def converted_bytes(self, numel: int, itemsize: int) -> int:
         """Return the bytes of what is converted for an update of ``numel`` elements."""
         return sum(tensor.numel((numel,)) * itemsize for tensor in self.states[0] if tensor.converts)
+
+
+def probe_beside(settings: Settings) -> Callable[[], OptimizerFacts]:
+    """Start ``probe`` in a process beside this one; return what waits for its result.
+
+    torch imports its compiler with the first optimizer, which takes as long as torch itself. The process is a
+    fork that shares what torch has imported so far; where torch has worked already, its threads forbid that, and
+    the result is found when it is asked for.
+    """
+    fresh = "torch" not in sys.modules
+    import torch
+
+    if not (fresh and torch.nn and "fork" in get_all_start_methods()):
+        return lambda: probe(settings)
+    fork = get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_tell, args=(sender, settings, _rss()), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which are numpy's, and idle
+        process.start()
+    sender.close()
+
+    def result() -> OptimizerFacts:
+        try:
+            found: OptimizerFacts | None = receiver.recv()
+        except EOFError:
+            found = None
+        process.join()
+        return probe(settings) if found is None else found  # here it raises what it has to say
+
+    return result
+
+
+def _tell(sender: Connection[OptimizerFacts | None, Any], settings: Settings, before: int) -> None:
+    start = _rss()  # less than before the fork: the pages of libraries have not been touched yet
+    try:
+        found = probe(settings)
+        found = attrs.evolve(found, process=before + found.process - start)
+    except Exception:
+        sender.send(None)
+    else:
+        sender.send(found)
 
 
 def probe(settings: Settings) -> OptimizerFacts:
@@ -147,6 +194,10 @@ def resident() -> int:
     import powertrain_zero.sharded
 
     assert callable(powertrain.initialize) and powertrain_zero.sharded
+    return _rss()
+
+
+def _rss() -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

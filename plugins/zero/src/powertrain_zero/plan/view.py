@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from powertrain_zero.plan.changes import Change
-from powertrain_zero.plan.estimate import Need
+if TYPE_CHECKING:
+    from powertrain_zero.plan.changes import Change
+    from powertrain_zero.plan.estimate import Need
 
 CATEGORIES = (
     ("parameters", "parameters", "P", "blue"),
