@@ -35,6 +35,8 @@ ORDERS: dict[str, list[list[list[int]]]] = {
     "in other orders": [[[0, 1, 2, 3], [3, 2, 1, 0]], [[2, 0, 1, 3], [0, 1, 2, 3]], [[3, 0, 1, 2], [1, 0, 3, 2]]],
     "shared by one rank": [[[0, 1, 1, 2], [0, 1, 2]], [[0, 1, 2], [0, 1, 1, 1]], [[0, 1, 2, 0], [0, 1, 2, 0]]],
     "nobody's first": [[[1, 2], [1, 3]], [[0, 1], [3]], [[1], [0, 2]]],
+    "shared later by one rank": [[PLAIN, PLAIN], [[0, 1, 1, 2, 3], PLAIN], [PLAIN, [0, 1, 2, 3, 0]]],
+    "in another order later": [[PLAIN, PLAIN], [[1, 0, 2, 3], PLAIN], [[3, 2, 1, 0], [0, 2, 1, 3]]],
 }
 
 
@@ -51,6 +53,17 @@ def test_blocks_called_as_the_batch_asks(name: str) -> None:
         {"stage": 3, "unit": ["blocks.*", "blocks.*.mlp"]},
     ]
     check_all(2, batches, [(company.config(table["stage"], zero=table), {}) for table in tables])
+
+
+@pytest.mark.parametrize("stage", ALL)
+def test_a_tower_that_one_rank_enters_later(stage: int) -> None:
+    """Blocks that no rank has run before, and that look like no others, run first on one rank in a later step."""
+    ways = [[0, 0], [0, 1], [1, 0], [2, 1], [0, 2]]  # of each rank: one tower, the other, or both
+    batches = [company.tower_micros(way) for way in ways]
+    theirs = company.plain_loop(company.make_towers, batches)
+    runs = [(batches, company.config(stage, zero={"unit": "Block", "stage": stage}), {})]
+    for parts in zip(*threads.run(2, company.train_many, company.make_towers, runs), strict=True):
+        company.equal(parts, theirs)
 
 
 @pytest.mark.parametrize("zero", [{"secondary": 2}, {"shard_group": 2}], ids=str)

@@ -133,6 +133,38 @@ class Routed(nn.Module):
         return self.head(x)
 
 
+class Towers(nn.Module):
+    """Two towers of blocks at places that have no name in common; a batch goes through one, the other, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(plain.FEATURES, WIDTH)
+        self.text = nn.ModuleList(Block(inplace=False) for _ in range(2))
+        self.image = nn.ModuleDict({"encoder": nn.Sequential(*(Block(inplace=False) for _ in range(3)))})
+        self.head = nn.Linear(WIDTH, plain.CLASSES)
+
+    def forward(self, x: torch.Tensor, way: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if int(way[0]) != 1:
+            for block in self.text:
+                x = block(x)
+        if int(way[0]) != 0:
+            x = self.image["encoder"](x)
+        return self.head(x)
+
+
+def make_towers() -> Towers:
+    torch.manual_seed(11)
+    return shaken(Towers())
+
+
+def tower_micros(ways: Sequence[int], samples: int = 4) -> list[Micro]:
+    """Return one micro-batch for each way: 0 and 1 through one tower, 2 through both."""
+    inputs, targets = plain.make_data(samples * len(ways))
+    rows = [torch.full((samples,), way) for way in ways]
+    return list(zip(inputs.split(samples), rows, targets.split(samples), strict=True))
+
+
 def make_stack(**kwargs: Any) -> Stack:
     torch.manual_seed(5)
     return shaken(Stack(**kwargs))

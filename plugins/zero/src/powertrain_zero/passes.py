@@ -3,8 +3,11 @@
 In the first pass of its kind the ranks tell one another, each time one of them
 needs a unit, which unit that is, so that all take part whatever branch each
 takes. From then on the order is fixed: a rank that skips a unit gathers it all
-the same when it comes to the next, and frees it. Whatever a rank needs out of
-that order is negotiated again.
+the same when it comes to the next, and frees it. A rank that needs a unit out of
+that order, because a batch takes another way than any before, first works through
+the rest of the order; at its end all ranks meet, and those that are through serve
+the others until nobody needs anything. The order then grows, or the unit stays
+until the pass is over from now on, so that this way is known.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+import attrs
 import torch
 
 from powertrain.roles.communicator import Communicator
@@ -48,6 +52,19 @@ def join(unit: Unit) -> None:
         unit.gather()
 
 
+@attrs.frozen
+class Found:
+    """What a round gathered.
+
+    Attributes:
+        unit: it.
+        place: how far in a known order the rank was that needed it.
+    """
+
+    unit: Unit
+    place: int
+
+
 class Rounds:
     """Gathers what no known order foresees: round by round, the ranks say what each needs.
 
@@ -63,35 +80,37 @@ class Rounds:
         self._ballot = ballot
         self._put_away = put_away
 
-    def bring(self, unit: Unit) -> list[Unit]:
+    def bring(self, unit: Unit, place: int = 0) -> list[Found]:
         """Bring ``unit`` here; return what all rounds until then gathered."""
         gathered = []
-        while not unit.here and (found := self.take_part(unit)) is not None:
+        while not unit.here and (found := self.take_part(unit, place)) is not None:
             gathered.append(found)
         unit.wait()
         return gathered
 
-    def take_part(self, unit: Unit | None) -> Unit | None:
+    def take_part(self, unit: Unit | None, place: int = 0) -> Found | None:
         """Gather the first of the units that any rank needs now; return it, or None when no rank needs one.
 
-        One unit a round, the first in the order of registration: who is ahead waits, and
-        ranks of which one has skipped a unit meet again.
+        One unit a round, that of the rank that is least far, then the first in the order of registration: who
+        is ahead waits, and ranks of which one has skipped a unit meet again.
 
         Args:
             unit: what this rank needs; None when it is through.
+            place: how far it is in a known order.
         """
-        mine = NOTHING if unit is None else self._number[unit]
+        mine = NOTHING if unit is None else place * len(self._units) + self._number[unit]
         asked = set(self._ballot(mine, "which unit comes next")) - {NOTHING}
         if not asked:
             return None
-        found = self._units[min(asked)]
+        first, number = divmod(min(asked), len(self._units))
+        found = self._units[number]
         was_here = found.here
         join(found)
         if found is unit or was_here or found.plan.whole_pass:
             found.wait()
         else:
             self._put_away(found)
-        return found
+        return Found(found, first)
 
 
 class FirstPass:
@@ -114,12 +133,12 @@ class FirstPass:
     def demand(self, unit: Unit) -> None:
         """Bring ``unit`` here, and what other ranks need before."""
         for found in self._rounds.bring(unit):
-            self._note(found)
+            self._note(found.unit)
 
     def finish(self) -> list[Unit]:
         """Serve the other ranks until all are through; return the order for the passes to come."""
         while (found := self._rounds.take_part(None)) is not None:
-            self._note(found)
+            self._note(found.unit)
         return with_siblings(self.order, self._units)
 
     def _note(self, unit: Unit) -> None:
@@ -211,7 +230,9 @@ class KnownPass:
         self._put_away = put_away
         self._stays = stays
         self._next = 0
+        self._passed = 0
         self._ahead: list[Unit] = []
+        self._found: list[Found] = []
 
     @property
     def last(self) -> Unit | None:
@@ -231,6 +252,7 @@ class KnownPass:
         """Bring ``unit`` here; start those that come next."""
         place = self._place.get(unit)
         if place is not None:
+            self._passed = max(self._passed, place + 1)
             self._start(place + 1)
             self._skip_before(place, unit)
         if unit in self._ahead:
@@ -240,17 +262,37 @@ class KnownPass:
                 self._start(place + 1 + self._prefetch)
             unit.wait()
             return
-        # Again, or for the first time since the order was found. Next time it stays until the pass is over.
-        self._rounds.bring(unit)
-        unit.repeated = not unit.plan.whole_pass
+        self._run_out()
+        for found in self._rounds.bring(unit, self._passed):
+            self._note(found)
 
     def finish(self) -> list[Unit]:
-        """Take part in what other ranks may still gather, and put it away."""
+        """Take part in what other ranks may still gather, and put it away; return the order for the passes to come."""
+        self._run_out()
+        while (found := self._rounds.take_part(None)) is not None:
+            self._note(found)
+        order = list(self.order)
+        inserted: list[int] = []
+        for found in self._found:
+            if found.unit not in order:
+                order.insert(found.place + sum(place <= found.place for place in inserted), found.unit)
+                inserted.append(found.place)
+        return order
+
+    def _run_out(self) -> None:
+        """Gather what is left of the order, and put it away: at its end all ranks meet."""
         for place in range(self._next, len(self.order)):
             self._start(place + 1 + self._prefetch)
             self._skip_before(place + 1)
         self._skip_before(len(self.order))
-        return self.order
+
+    def _note(self, found: Found) -> None:
+        """Remember what some rank needed out of order; all ranks have seen it."""
+        unit = found.unit
+        # The first only: what comes after it is out of order because of it.
+        if not self._found and unit in self._place and not unit.plan.whole_pass:
+            unit.repeated = True
+        self._found.append(found)
 
     def _start(self, stop: int) -> None:
         while self._next < min(stop, len(self.order)):
