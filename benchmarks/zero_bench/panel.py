@@ -38,6 +38,8 @@ def panels(names: Sequence[str], alive: int) -> list[list[str]]:
     """
     families = [["powertrain-0"], ["powertrain-1", "powertrain-2"], ["powertrain-3"]]
     result: list[list[str]] = []
+    if alive < 3:
+        families = [[name] for family in families for name in family]
     for family in families:
         ours = [name for name in family if name in names]
         wanted = {peer for name in ours for peer in PEERS_OF[name]} | {"bound"}
@@ -79,11 +81,12 @@ def compete(
             action(alive[name])
         except Failed as failure:
             say(f"    {name} FAILED: {failure}")
+            runs = told(name)
             alive.pop(name).end()
-            yield [*told(name), Run(name, setting, first, error=str(failure))]
+            yield [*runs, Run(name, setting, first, error=str(failure))]
 
     def told(name: str, **more: object) -> list[Run]:
-        losses = tuple(alive[name].losses) if name in alive else ()
+        losses = tuple(alive[name].losses)
         return [replace(run, losses=losses, **more) for run in turns.pop(name, [])]  # type: ignore[arg-type]
 
     def warm_up(contestant: Contestant) -> None:

@@ -213,7 +213,9 @@ def test_a_router_that_sends_ranks_to_different_experts() -> None:
     chosen = {frozenset(model.blocks[0].route(model.first(x)).argmax(-1).tolist()) for x, _ in micros}
     assert len(chosen) > 1, "the ranks must choose differently"
     tables = [{"stage": stage} for stage in (0, 1, 2, 3)] + [{"stage": 3, "unit": ["blocks.*.experts.*"]}]
-    cases = [([micros] * 50, company.config(table["stage"], zero=table), {}) for table in tables]
+    # Each step brings a rank other tokens, so that its routes change.
+    batches = [[*micros[step % 4 :], *micros[: step % 4]] for step in range(50)]
+    cases = [(batches, company.config(table["stage"], zero=table), {}) for table in tables]
     replicated, *rest = zip(*threads.run(4, company.train_many, company.make_routed, cases), strict=True)
     for parts in rest:
         company.equal(parts, sharded.parameters(replicated))

@@ -9,11 +9,9 @@ import pytest
 import threads
 from torch import nn
 
-STEPS = 3
 
-
-def sent_before_the_last_gradient(stage: int) -> list[int]:
-    """Count, in each step, the reductions that started before the first layer's gradient; run on every rank."""
+def sent_before_the_last_gradient(stage: int, orders: list[range]) -> list[int]:
+    """Count the reductions that started before the first layer's gradient, in a step for each order of blocks."""
     with company.start(company.make_stack, company.config(stage), nn.functional.cross_entropy) as engine:
         communicator: Any = engine.context.communicator
         started = 0
@@ -32,9 +30,9 @@ def sent_before_the_last_gradient(stage: int) -> list[int]:
 
         model: Any = engine.module
         model.first.weight.register_post_accumulate_grad_hook(arrived)
-        for _ in range(STEPS):
+        for order in orders:
             started = 0
-            engine.train_step(iter(company.mine(engine, company.stack_micros([range(4)] * 2))))
+            engine.train_step(iter(company.mine(engine, company.stack_micros([order] * 2))))
         assert started > 4, "there is more to send than is counted"
         return counts
 
@@ -42,8 +40,14 @@ def sent_before_the_last_gradient(stage: int) -> list[int]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_unused_parameters_hold_nothing_up(stage: int) -> None:
     """Layers that nobody calls, in each block and behind the last one, do not keep reductions waiting for the end."""
-    for counts in threads.run(2, sent_before_the_last_gradient, stage):
-        assert len(counts) == STEPS
+    for counts in threads.run(2, sent_before_the_last_gradient, stage, [range(4)] * 3):
+        assert len(counts) == 3
+        assert all(count >= 4 for count in counts[1:]), counts
+
+
+def test_a_new_way_is_sent_as_it_goes() -> None:
+    """Blocks that are used for the first time in a later step are reduced one by one, not all at its end."""
+    for counts in threads.run(2, sent_before_the_last_gradient, 3, [range(0), range(4), range(4)]):
         assert all(count >= 4 for count in counts[1:]), counts
 
 

@@ -390,6 +390,7 @@ class Engine:
                 access.release(self.module, self.optimizer_wrapper)
                 self.optimizer_wrapper.close()
                 self.context.communicator.close()
+                self.context.accelerator.release_unused(self.context.device)
 
     def __enter__(self) -> Engine:
         return self

@@ -18,7 +18,7 @@ from powertrain.errors import LaunchError
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the value of a variable, or None; this module alone reads the environment."""
+    """Return the value of one variable, or None."""
     return (os.environ if environ is None else environ).get(name)
 
 

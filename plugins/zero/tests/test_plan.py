@@ -399,7 +399,7 @@ def test_a_missing_transformers_says_what_to_install(
 # --- processes of their own --------------------------------------------------------------------------------
 
 COMMAND = """
-import json, pathlib, sys
+import json, pathlib, resource, sys
 from powertrain_zero.plan.command import plan
 try:
     plan.main(sys.argv[1:], prog_name="powertrain plan")
@@ -407,7 +407,9 @@ finally:
     # Not getrusage: its peak is inherited from the process that started this one.
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    print(json.dumps({"peak": peak}), file=sys.stderr)
+    # The optimizer is probed in a fork; what it shares with this process is counted twice.
+    beside = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(json.dumps({"peak": peak + beside}), file=sys.stderr)
 """
 
 
@@ -423,7 +425,7 @@ def alone(*arguments: str) -> tuple[Any, Any]:
 
 @pytest.mark.slow
 def test_seventy_billion_parameters_are_planned_in_little_memory(config: str, tmp_path: Path) -> None:
-    """A 70B model is planned in less than 1 GB."""
+    """A 70B model is planned in less than 1 GB, the process beside it included."""
     file = tmp_path / "seventy.py"
     file.write_text(SEVENTY)
     found, used = alone(config, "--model", f"{file}:Model", "--ranks", "64", "--set", "zero.stage=3")

@@ -138,10 +138,9 @@ class FlatGradients:
 
     @property
     def complete(self) -> bool:
-        """Whether each parameter that gets gradients has got one since ``begin``.
+        """Whether each parameter that is waited for has got its gradient since ``begin``.
 
-        One that no step so far has used is not waited for. If it is used after all, its gradient comes late,
-        once, and is sent at the end.
+        One that no step so far has used is not waited for; see ``learn``.
         """
         return self._missing == 0
 
@@ -161,6 +160,15 @@ class FlatGradients:
         """Expect, from the end of this step on, what this rank has used so far."""
         self._ever = [before or now for before, now in zip(self._ever, self.used, strict=True)]
         self._expected = self._ever
+
+    def is_expected(self, index: int) -> bool:
+        """Return whether a gradient of parameter ``index`` is waited for."""
+        return self._expected[index]
+
+    def expect_all(self) -> None:
+        """Wait for every parameter again, until the end of this step: one was used for the first time."""
+        self._expected = [True] * len(self._arrived)
+        self._missing = self._arrived.count(False)
 
     def drop(self) -> None:
         """Forget all gradients of this step."""

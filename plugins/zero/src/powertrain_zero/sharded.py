@@ -217,6 +217,10 @@ class ShardedOptimizer(OptimizerWrapper):
         grad = param.grad
         assert grad is not None
         param.grad = None
+        if not gradients.is_expected(index):
+            # A batch goes a new way. What else lies on it is to be sent unit by unit, not all at the end.
+            for others in (part for unit in self.units for part in unit.gradients):
+                others.expect_all()
         gradients.add(index, grad.to_dense() if grad.is_sparse else grad)
         if not gradients.complete:
             return

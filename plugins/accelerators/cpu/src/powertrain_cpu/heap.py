@@ -9,6 +9,7 @@ small GPT. So freed memory is kept, and given back when somebody asks for that.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping
 
 from powertrain.environment import setting
@@ -30,6 +31,8 @@ def keep_freed(environ: Mapping[str, str] | None = None) -> bool:
 
     Does nothing where the C library has no such parameters (musl, macOS).
     """
+    if sys.platform != "linux":
+        return False
     tuned = any(setting(name, environ) is not None for name in SETTINGS)
     if tuned or "glibc.malloc." in (setting("GLIBC_TUNABLES", environ) or ""):
         return False
@@ -40,6 +43,6 @@ def keep_freed(environ: Mapping[str, str] | None = None) -> bool:
 
 def give_back() -> None:
     """Give free memory back to the system, where the C library can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

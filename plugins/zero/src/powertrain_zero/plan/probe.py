@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 SIDES = ((), (1009,), (31, 37), (7, 11, 13), (5, 7, 11, 13))
 """The probed parameters by number of dimensions: no side has another's length, so state tells which sides it has."""
+
+
+PATIENCE = 60.0
+"""Seconds to wait for a process that probes; it takes about three."""
 
 
 @attrs.frozen
@@ -87,13 +92,13 @@ def probe_beside(settings: Settings) -> Callable[[], OptimizerFacts]:
     """Start ``probe`` in a process beside this one; return what waits for its result.
 
     torch imports its compiler with the first optimizer, which takes as long as torch itself. The process is a
-    fork that shares what torch has imported so far; where torch has worked already, its threads forbid that, and
-    the result is found when it is asked for.
+    fork that shares what torch has imported so far; where torch has worked already, its threads forbid that (and
+    the system, where it is not Linux), and the result is found when it is asked for.
     """
     fresh = "torch" not in sys.modules
     import torch
 
-    if not (fresh and torch.nn and "fork" in get_all_start_methods()):
+    if not (fresh and torch.nn and sys.platform == "linux"):
         return lambda: probe(settings)
     fork = get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
@@ -105,9 +110,10 @@ def probe_beside(settings: Settings) -> Callable[[], OptimizerFacts]:
 
     def result() -> OptimizerFacts:
         try:
-            found: OptimizerFacts | None = receiver.recv()
+            found: OptimizerFacts | None = receiver.recv() if receiver.poll(PATIENCE) else None
         except EOFError:
             found = None
+        process.kill()  # it has told all that it will tell
         process.join()
         return probe(settings) if found is None else found  # here it raises what it has to say
 
@@ -115,6 +121,7 @@ def probe_beside(settings: Settings) -> Callable[[], OptimizerFacts]:
 
 
 def _tell(sender: Connection[OptimizerFacts | None, Any], settings: Settings, before: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one answers Ctrl-C
     start = _rss()  # less than before the fork: the pages of libraries have not been touched yet
     try:
         found = probe(settings)
