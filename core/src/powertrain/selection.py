@@ -155,7 +155,7 @@ def _without_table(
             if field.default is attrs.NOTHING:
                 yield Problem(
                     path=f"{name}.{field_name}",
-                    message=f"required key is missing: plugins.require asks for {name!r}, and [{name}] is not there or off",
+                    message=f"required key is missing: plugins.require asks for {name!r}, but [{name}] is not on",
                     where=str(config.origins.get("plugins.require", config.name)),
                     expected=expected(field, type_hints(table)[field_name]),
                 )

@@ -35,5 +35,5 @@ def test_a_requirement_without_the_table(check) -> None:
     """Requiring the plugin without its section names the key that has no default, and what it takes."""
     result = check('[plugins]\nrequire = ["zero"]\n')
     assert result.exit_code == 2
-    for part in ("a.toml:2", "zero.stage: required key is missing", "[zero] is not there or off", "expected 1, 2 or 3"):
+    for part in ("a.toml:2", "zero.stage: required key is missing", "[zero] is not on", "expected 1, 2 or 3"):
         assert part in result.stderr
