@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import company
+import pytest
 import sharded
 import torch
 import tqdm
@@ -28,7 +31,9 @@ def make(how: str, backend: Any) -> Any:
 
 def compiled(cases: list[tuple[int, str, str]], batches: list[list[Any]]) -> list[dict[str, Any]]:
     """Train compiled blocks, one engine after the other; run on every rank."""
-    tqdm.tqdm.monitor_interval = 0  # the compiler shows progress with it: no thread is to stay behind
+    # No thread is to stay behind: the compiler shows progress with one, and builds code in others.
+    tqdm.tqdm.monitor_interval = 0
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     results = []
     for stage, how, backend in cases:
         torch.compiler.reset()
@@ -72,3 +77,10 @@ def test_compiled_blocks(ranks: Any) -> None:
     """block.compile() and torch.compile(block) before initialize: the plain loop's result, from compiled code."""
     cases = [(stage, how, "aot_eager") for how in ("in place", "wrapped") for stage in (1, 3)]
     check(ranks, [*cases, (2, "in place", "counted"), (3, "in place", "counted"), (3, "wrapped", "counted")])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler's own backend needs g++")
+def test_blocks_compiled_to_machine_code(ranks: Any) -> None:
+    """The same with torch.compile's default backend at stage 3."""
+    check(ranks, [(3, "in place", "inductor")])
