@@ -179,6 +179,25 @@ class FlatGradients:
 
     def add(self, index: int, grad: torch.Tensor) -> None:
         """Take the gradient of parameter ``index``."""
+        if self._open is None and self._may_take(grad):
+            self._open, self._filled = grad.view(-1), [True]
+        else:
+            self._put(index, grad)
+        self.used[index] = True
+        if not self._arrived[index]:
+            self._arrived[index] = True
+            self._missing -= self._expected[index]
+
+    def _may_take(self, grad: torch.Tensor) -> bool:
+        """Return whether a gradient can be the buffer itself: that of the only parameter, as a large one is.
+
+        Nobody else has it: autograd makes a gradient anew, or copies one that something still refers to.
+        """
+        alone = len(self._filled) == 1 and grad.numel() == self.flat.numel and self._whole is None
+        return alone and grad.dtype == self._pool.dtype and grad.is_contiguous() and not grad.requires_grad
+
+    def _put(self, index: int, grad: torch.Tensor) -> None:
+        """Copy a gradient into the buffer, or add it to what is there."""
         if self._open is None:
             # What a whole buffer holds of a step that was reduced already is not to be added again.
             fresh = not self._begun and self._flight is None
@@ -190,10 +209,6 @@ class FlatGradients:
         else:
             view.copy_(grad)
             self._filled[index] = True
-        self.used[index] = True
-        if not self._arrived[index]:
-            self._arrived[index] = True
-            self._missing -= self._expected[index]
 
     def _borrow(self) -> torch.Tensor:
         while len(self._flights) >= IN_FLIGHT:
