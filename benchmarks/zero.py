@@ -16,7 +16,7 @@ bytes/parameter are those of all live tensors without the batch, just before the
 optimizer's update and after the step. The loss of every step must agree between
 contenders. zero_bench/contenders.py shows each of them.
 
-Ctrl-C prints the tables of what has been measured so far.
+Ctrl-C, or SIGTERM, prints the tables of what has been measured so far.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ def say(text: str) -> None:
 
 def main() -> int:
     options = arguments()
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background, a shell lets SIGINT be ignored
+        signal.signal(number, signal.default_int_handler)
     problem = missing(options.contenders)
     if problem is not None:
         say(f"zero.py: {problem}")
