@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from typing import Any
 
@@ -21,19 +20,18 @@ PLAIN = [0, 1, 2]
 def make(how: str, backend: Any) -> Any:
     """Return a stack whose blocks are compiled in place, or replaced by compiled ones."""
     model = company.make_stack(count=3, inplace=False)
+    options = {"compile_threads": 1} if backend == "inductor" else None  # no thread is to stay behind
     for number, block in enumerate(model.blocks):
         if how == "in place":
-            block.compile(backend=backend)
+            block.compile(backend=backend, options=options)
         else:
-            model.blocks[number] = torch.compile(block, backend=backend)
+            model.blocks[number] = torch.compile(block, backend=backend, options=options)
     return model
 
 
 def compiled(cases: list[tuple[int, str, str]], batches: list[list[Any]]) -> list[dict[str, Any]]:
     """Train compiled blocks, one engine after the other; run on every rank."""
-    # No thread is to stay behind: the compiler shows progress with one, and builds code in others.
-    tqdm.tqdm.monitor_interval = 0
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    tqdm.tqdm.monitor_interval = 0  # the compiler shows progress with it: no thread is to stay behind
     results = []
     for stage, how, backend in cases:
         torch.compiler.reset()

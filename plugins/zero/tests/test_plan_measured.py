@@ -87,7 +87,7 @@ def test_the_predicted_peak_is_the_measured_one(name: str, process: int, tmp_pat
     file.write_text(toml(tables))
     settings = load_settings(str(file), [], ranks)
     optimizer = attrs.evolve(probe(settings), process=process)
-    planner = Planner(settings, build_model(f"{EXAMPLE / 'model.py'}:GPT", sizes), optimizer, None, None, {})
+    planner = Planner(settings, build_model(f"{EXAMPLE / 'model.py'}:GPT", sizes), lambda: optimizer, None, None, {})
     predicted = planner.need(planner.now()).peak + planner.fixed
     samples = settings.batch.micro * settings.batch.accumulation
     measured = max(train(ranks, json.dumps([sizes, tables, samples])))
