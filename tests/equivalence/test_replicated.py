@@ -167,14 +167,16 @@ def test_low_precision_keeps_fp32_masters(compute: str, scale: float, pieces: in
     assert plain.same_bits(mine["params"], low_precision_loop(dtype, pieces, scale))
 
 
-@pytest.mark.parametrize(("compute", "tolerance"), [("bf16", 8e-3), ("fp16", 2e-3)])
-def test_low_precision_over_ranks(ranks: Any, compute: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("compute", "pieces"), [("bf16", 2), ("fp16", 1)])
+def test_low_precision_over_ranks(ranks: Any, compute: str, pieces: int) -> None:
     """Two ranks in low precision stay with one process to that precision, and with each other exactly."""
     config = {"precision": {"compute": compute}, "optimizer": {"lr": 1e-3}}
-    alone = train(config)
+    # bf16 rounds the whole batch otherwise than its halves, so one process takes the ranks' halves one after the
+    # other; fp16 has the digits, but not the range: halved losses would lose small gradients.
+    alone = train({**config, "batch": {"accumulation": pieces}})
     results = ranks(2, train, config)
     assert plain.same_bits(results[0]["params"], results[1]["params"])
-    assert plain.difference(results[0]["params"], alone["params"]) <= tolerance
+    assert plain.difference(results[0]["params"], alone["params"]) <= 2e-3
 
 
 def test_schedule_is_the_closed_form() -> None:
