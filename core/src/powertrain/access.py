@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from powertrain.errors import CommunicationError
+from powertrain.names import named_parameters
 from powertrain.pieces import index
 from powertrain.roles.communicator import Communicator
 from powertrain.roles.optimizer import OptimizerWrapper
@@ -82,7 +83,7 @@ def adopt(model: torch.nn.Module, wrapper: OptimizerWrapper, communicator: Commu
         wrapper: what holds its parameters from now on.
         communicator: connects the ranks that hold pieces.
     """
-    for name, param in model.named_parameters():
+    for name, param in named_parameters(model):
         setattr(param, _MARK, Home(param, name, wrapper, communicator))
 
 

@@ -13,6 +13,7 @@ import torch
 
 from powertrain import compat
 from powertrain.errors import BirthError
+from powertrain.names import global_name, named_buffers, named_parameters
 from powertrain.nest import leaves, map_tensors
 from powertrain.tape import Entry, Tape, entry_of
 
@@ -101,7 +102,7 @@ class Birth:
         Raises:
             BirthError: with the names of the first ten.
         """
-        self._names = {id(param): (param, name) for name, param in model.named_parameters()}
+        self._names = {id(param): (param, name) for name, param in named_parameters(model)}
         lost = [
             name
             for name, tensor in _named(model)
@@ -149,7 +150,8 @@ class Birth:
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if buffer.is_meta:
                     if id(buffer) not in made:
-                        made[id(buffer)] = self.whole(f"{prefix}.{name}" if prefix else name, buffer, device)
+                        full = global_name(f"{prefix}.{name}" if prefix else name)
+                        made[id(buffer)] = self.whole(full, buffer, device)
                     setattr(module, name, made[id(buffer)])
 
     def finish(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -207,8 +209,8 @@ def _lacks(tensor: torch.Tensor, device: torch.device) -> bool:
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    yield from named_parameters(model)
+    yield from named_buffers(model)
 
 
 def _attributes(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, Entry]]:

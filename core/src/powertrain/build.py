@@ -30,6 +30,7 @@ from powertrain.errors import (
     PrecisionError,
 )
 from powertrain.mesh import Mesh
+from powertrain.names import named_buffers, named_parameters
 from powertrain.plugin import Plugin
 from powertrain.precision import LossScale, Recipe
 from powertrain.registry import Registry
@@ -265,7 +266,7 @@ def broadcast_from_first(model: torch.nn.Module, communicator: Communicator) -> 
     """Give every data rank the parameters and buffers of the first; those still to be made are agreed on already."""
     if communicator.size("data") == 1:
         return
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [*named_parameters(model), *named_buffers(model)]
     tensors = [(name, tensor) for name, tensor in tensors if not tensor.is_meta]
     handles = []
     for name, tensor in tensors:
@@ -287,7 +288,7 @@ def prepare_formats(model: torch.nn.Module, recipe: Recipe) -> None:
         PrecisionError: a parameter is complex, which no recipe covers.
     """
     found = set()
-    for name, param in model.named_parameters():
+    for name, param in named_parameters(model):
         if param.is_complex():
             raise PrecisionError(
                 "the model has a complex parameter", where=name, remedy="keep real and imaginary part as two parameters"

@@ -16,6 +16,7 @@ from powertrain.access import keeping_writes
 from powertrain.buckets import GradientBuckets
 from powertrain.context import Context
 from powertrain.errors import PrecisionError
+from powertrain.names import named_parameters
 from powertrain.pieces import FlatViews
 from powertrain.precision import Recipe
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
@@ -35,12 +36,12 @@ class ReplicatedOptimizer(OptimizerWrapper):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
         recipe = context.recipe
         _check(recipe)
-        for name, param in model.named_parameters():
+        for name, param in named_parameters(model):
             context.birth.make(name, param, context.device)
         self.optimizer = optimizer
-        self._named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        self._frozen = [(name, param) for name, param in model.named_parameters() if not param.requires_grad]
-        self._names = {param: name for name, param in model.named_parameters()}
+        self._named = [(name, param) for name, param in named_parameters(model) if param.requires_grad]
+        self._frozen = [(name, param) for name, param in named_parameters(model) if not param.requires_grad]
+        self._names = {param: name for name, param in named_parameters(model)}
         self._masters = {
             param: param
             if recipe.master == recipe.parameters

@@ -12,6 +12,7 @@ import torch
 from powertrain import optimizers, random_state
 from powertrain.context import Context
 from powertrain.errors import CheckpointError, CheckpointMismatch
+from powertrain.names import named_parameters, state_dict
 from powertrain.replicated import fill
 from powertrain.roles.checkpoint import CheckpointReader, CheckpointStore, Snapshot, TensorSlice
 from powertrain.text import did_you_mean
@@ -80,9 +81,9 @@ def open_weights(context: Context, path: str | os.PathLike[str]) -> CheckpointRe
 
 def _buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Return the persistent buffers, which are what a state dict has beyond parameters."""
-    params = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    params = {name for name, _ in named_parameters(module, remove_duplicate=False)}
     result = []
-    for name, value in module.state_dict(keep_vars=True).items():
+    for name, value in state_dict(module).items():
         if name in params:
             continue
         if not isinstance(value, torch.Tensor):
@@ -98,9 +99,9 @@ def _buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _aliases(module: torch.nn.Module) -> dict[str, str]:
     """Return the further names of tied parameters, each with the name it is saved under."""
-    first = {param: name for name, param in module.named_parameters()}
+    first = {param: name for name, param in named_parameters(module)}
     return {
-        name: first[param] for name, param in module.named_parameters(remove_duplicate=False) if first[param] != name
+        name: first[param] for name, param in named_parameters(module, remove_duplicate=False) if first[param] != name
     }
 
 
@@ -183,7 +184,7 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
                 group["lr"] = saved["lr"]
     _restore_random(context, reader, generators, engine.global_step)
     engine.client_state = dict(values["client"])
-    trainable = [name for name, param in module.named_parameters() if param.requires_grad]
+    trainable = [name for name, param in named_parameters(module) if param.requires_grad]
     with_state = {name.split("/", 1)[1].rpartition("/")[0] for name in loaded if name.startswith("optimizer/")}
     return LoadReport(
         tag=reader.tag,
@@ -202,7 +203,7 @@ def check_names(engine: Engine, reader: CheckpointReader) -> None:
         CheckpointMismatch: with up to ten of the differences.
     """
     module = engine.module
-    wanted = {f"model/{name}": tuple(param.shape) for name, param in module.named_parameters()}
+    wanted = {f"model/{name}": tuple(param.shape) for name, param in named_parameters(module)}
     wanted |= {f"model/{name}": tuple(buffer.shape) for name, buffer in _buffers(module)}
     saved = {name: info.shape for name, info in reader.tensors.items() if name.startswith("model/")}
     problems = []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from powertrain.access import home_of, module_of
+from powertrain.names import named_parameters, state_dict
 from powertrain.pieces import Place, assemble, bits, exchange
 from powertrain.roles.communicator import Communicator
 
@@ -30,7 +31,7 @@ def stream(
         dtype: what floating-point tensors are converted to, before they travel; None leaves them as they are.
     """
     module = module_of(module_or_engine)
-    named = list(module.named_parameters())
+    named = list(named_parameters(module))
     homes = {name: home for name, param in named if (home := home_of(param)) is not None}
     places: dict[str, list[Place | None]] = {}
     for wrapper in {id(home.wrapper): home.wrapper for home in homes.values()}.values():
@@ -68,9 +69,9 @@ def _converted(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 def _persistent_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Return the buffers that a state dict has, each once."""
-    params = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    params = {name for name, _ in named_parameters(module, remove_duplicate=False)}
     found: dict[torch.Tensor, str] = {}
-    for name, value in module.state_dict(keep_vars=True).items():
+    for name, value in state_dict(module).items():
         if name not in params and isinstance(value, torch.Tensor):
             found.setdefault(value, name)
     return [(name, value) for value, name in found.items()]

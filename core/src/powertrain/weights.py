@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from powertrain.errors import CheckpointError, CheckpointMismatch
+from powertrain.names import named_buffers, named_parameters, state_dict
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.text import did_you_mean
 
@@ -116,8 +117,8 @@ def load(engine: Engine, reader: CheckpointReader, *, strict: bool) -> WeightsRe
     """
     weights = ModelWeights(engine.module, reader, strict=strict)
     wrapper, module = engine.optimizer_wrapper, engine.module
-    params = [(name, param) for name, param in module.named_parameters() if weights.covers(name)]
-    buffers = [(name, buffer) for name, buffer in module.named_buffers() if weights.covers(name)]
+    params = [(name, param) for name, param in named_parameters(module) if weights.covers(name)]
+    buffers = [(name, buffer) for name, buffer in named_buffers(module) if weights.covers(name)]
     failure: Exception | None = None
     try:
         for name, param in params:
@@ -173,8 +174,8 @@ def _splits(name: str) -> Iterable[tuple[str, str]]:
 def _names(model: torch.nn.Module) -> tuple[list[tuple[list[str], tuple[int, ...]]], set[str]]:
     """Return the names of each tensor that is saved, with its shape; and the names of buffers that are not."""
     groups: dict[int, tuple[list[str], tuple[int, ...]]] = {}
-    saved = model.state_dict(keep_vars=True)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    saved = state_dict(model)
+    tensors = [*named_parameters(model, remove_duplicate=False), *named_buffers(model, remove_duplicate=False)]
     for name, tensor in tensors:
         if name in saved:
             groups.setdefault(id(tensor), ([], tuple(tensor.shape)))[0].append(name)

@@ -15,6 +15,7 @@ import attrs
 import torch
 
 from powertrain.errors import ShardingError
+from powertrain.names import named_parameters
 from powertrain.text import did_you_mean, some
 
 ROOT = "(root)"
@@ -75,7 +76,7 @@ def plan_units(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -
             users[param].add(owner.get(module, -1))
             holders[param].append(path)
     members: dict[int, list[Named]] = defaultdict(list)
-    for name, param in model.named_parameters():
+    for name, param in named_parameters(model):
         # A parameter that several units share is the root's: it stays gathered while any of them runs.
         (place,) = users[param] if len(users[param]) == 1 else (-1,)
         members[place].append((name, param))
@@ -215,7 +216,7 @@ def plan_buckets(model: torch.nn.Module, limit: int) -> list[UnitPlan]:
     """Cut a model's parameters, in the order of registration, into runs of at most ``limit``; a larger one alone."""
     runs: list[list[Named]] = []
     size = 0
-    for name, param in model.named_parameters():
+    for name, param in named_parameters(model):
         if not runs or size + param.numel() > limit:
             runs.append([])
             size = 0
