@@ -106,13 +106,14 @@ def touches(stage: int) -> dict[str, str]:
             "data_ptr": weight.data_ptr,
             "module": lambda: model.blocks[0].mlp.inner(torch.zeros(1, company.WIDTH)),
             "vector": lambda: nn.utils.parameters_to_vector(model.parameters()),
+            "load": lambda: model.load_state_dict({name: torch.zeros(shape) for name, (shape, *_) in facts.items()}),
             "optimizer": lambda: torch.optim.SGD(model.parameters(), lr=1.0).step(),
         }
         for moment in ("new", "trained"):
             for name, attempt in attempts.items():
                 try:
                     attempt()
-                except ParameterFreed as error:
+                except (ParameterFreed, RuntimeError) as error:  # torch wraps what it meets while loading
                     said[f"{name} {moment}"] = str(error)
                 else:
                     said[f"{name} {moment}"] = "nothing"

@@ -204,6 +204,11 @@ class ParameterFreed(EngineError):
     code = "PT421"
     advice = "wrap the access in `with powertrain.full(module):`"
 
+    def __init__(self, message: str, **parts: str | None) -> None:
+        super().__init__(message, **parts)
+        # ``load_state_dict`` catches it, once for each parameter, and shows nothing but this, in one line.
+        self.args = (" ".join(str(self).split()),)
+
 
 class OptimizerError(PowertrainError):
     """An optimizer that is unknown, or an option that it does not take."""

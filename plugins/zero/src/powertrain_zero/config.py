@@ -90,6 +90,16 @@ class ZeroConfig:
             return "reshard_after_forward", group
         return None if self.secondary is None else ("secondary", self.secondary)
 
+    @property
+    def idle(self) -> list[str]:
+        """The keys that say something which this stage has no use for.
+
+        They are no mistake: who compares stages keeps one file.
+        """
+        keys = ("bucket",) if self.stage == 3 else ("unit", "prefetch")
+        fields = attrs.fields_dict(ZeroConfig)
+        return [key for key in keys if getattr(self, key) != fields[key].default]
+
     def check_ranks(self, ranks: int) -> None:
         """Check that ``ranks`` data ranks can be cut into the groups that are asked for.
 

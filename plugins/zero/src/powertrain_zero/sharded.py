@@ -7,6 +7,7 @@ flat buffer's parameters stay whole (``resident``) and whether its gradients do.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -37,6 +38,8 @@ from powertrain_zero.units import Named, UnitPlan, plan_buckets, plan_units
 from powertrain_zero.update import Updater
 from powertrain_zero.wire import GatherWire, PlainGather, PlainReduce, ReduceWire
 
+_log = logging.getLogger("powertrain.zero")
+
 
 class ShardedOptimizer(OptimizerWrapper):
     """Shards a model's training state over the data dimension.
@@ -60,6 +63,10 @@ class ShardedOptimizer(OptimizerWrapper):
         self.stage = config.stage if self.groups.shards > 1 else 1
         if self.stage < 3:
             plans = plan_buckets(model, config.bucket)
+        if self.groups.shards == 1:
+            _log.info("stage %d among 1 rank: there is nobody to keep the rest, everything stays whole", config.stage)
+        elif config.idle:
+            _log.info("stage %d has no use for %s: nothing changes by it", config.stage, " and ".join(config.idle))
         self._first = True
         self._round_open = False
         self._flushed = False
