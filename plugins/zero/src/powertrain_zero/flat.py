@@ -106,13 +106,15 @@ class Flat:
         if resident:
             self.full = communicator.empty(self.numel, dtype, groups.shard)
             self.full.zero_()
-        else:
-            self.full = torch.empty(self.numel, dtype=dtype, device=communicator.device)
         if resident and dtype == master_dtype:
             self.shard = self.own(self.full)
         else:
             self.shard = arena.take(self.shard_numel, master_dtype)
         self._fill(birth)
+        if not resident:  # only now: while a first value is computed, there is no second buffer of its size
+            self.full = torch.empty(self.numel, dtype=dtype, device=communicator.device)
+        for entry, (_, param) in zip(self.layout.entries, self.named, strict=True):
+            settle(param, self.full[entry.start : entry.stop].view(entry.shape))
         self.segments = [
             self._segment(index, entry, whole_tensors) for index, entry in enumerate(self.layout.entries)
             if self._overlap(entry)[0] < self._overlap(entry)[1]
@@ -121,14 +123,13 @@ class Flat:
             self.free()  # views can only be made of memory that is there
 
     def _fill(self, birth: Birth) -> None:
-        """Take over the first values, and make each parameter a view."""
+        """Take over the first values."""
         for entry, (name, param) in zip(self.layout.entries, self.named, strict=True):
             if self.resident:
                 birth.fill(name, param, self.full[entry.start : entry.stop])
             start, stop = self._overlap(entry)
             if start < stop and (not self.resident or self.full.dtype != self.shard.dtype):
                 birth.fill(name, param, self.shard[start - self.begin : stop - self.begin], start - entry.start)
-            settle(param, self.full[entry.start : entry.stop].view(entry.shape))
 
     def _overlap(self, entry: FlatEntry) -> tuple[int, int]:
         """Return where a parameter and this rank's slice meet, in elements of the buffer."""
