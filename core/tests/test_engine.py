@@ -392,6 +392,28 @@ def test_the_callers_optimizer_is_used() -> None:
     assert caught.value.found == "list"
 
 
+def test_parameters_of_others_are_refused() -> None:
+    """What is not part of the model would be neither averaged nor saved: an error, with its group and shape."""
+    model, temperature = Net(), torch.nn.Parameter(torch.ones(2, 5))
+    groups = [{"params": list(model.parameters())}, {"params": [temperature]}]
+    for optimizer in (torch.optim.SGD(groups, lr=1.0), lambda params: torch.optim.SGD([*params, temperature], lr=1.0)):
+        with pytest.raises(OptimizerError, match="are not the model's") as caught:
+            start(model=model, optimizer=optimizer)
+        assert "(2, 5)" in caught.value.found
+        assert "submodule" in caught.value.remedy
+
+
+def test_a_model_belongs_to_one_engine() -> None:
+    """A second engine on a model is refused while the first is open, and works after it, or after one that failed."""
+    model = Net()
+    with start(model=model), pytest.raises(EngineError, match="holds this model already"):
+        start(model=model)
+    with pytest.raises(ZeroDivisionError):
+        start(model=model, scheduler=lambda optimizer: 1 / 0)
+    with start(model=model) as engine:
+        engine.train_step(batch())
+
+
 def test_the_callers_scheduler_is_used() -> None:
     """A torch scheduler, or a function that makes one, replaces ``[scheduler]``."""
     model = Net()

@@ -113,6 +113,23 @@ def test_another_optimizer_loads_nothing(tmp_path: Path, first: str, second: str
         assert engine.load_checkpoint(str(tmp_path)).fresh == []
 
 
+def test_another_number_of_groups_loads_nothing(tmp_path: Path) -> None:
+    """Learning rates go by group: a checkpoint of two groups is not taken for one of one."""
+
+    def grouped(parts: int) -> Any:
+        return lambda params: torch.optim.SGD([{"params": [p], "lr": 0.1} for p in params][:parts], lr=0.1)
+
+    with start(optimizer=grouped(2)) as engine:
+        engine.train_step(batch())
+        engine.save_checkpoint(str(tmp_path))
+    with start(optimizer=grouped(1)) as engine:
+        before = weights(engine)
+        with pytest.raises(CheckpointMismatch, match="another number of parameter groups") as caught:
+            engine.load_checkpoint(str(tmp_path))
+        assert (caught.value.expected, caught.value.found) == ("2 groups", "1 groups")
+        assert same(weights(engine), before)
+
+
 def torn_by(engine: powertrain.Engine) -> tuple[list[torch.Tensor], list[Any]]:
     """Return all that a load that failed could leave half changed."""
     optimizer = engine.optimizer_wrapper.optimizer

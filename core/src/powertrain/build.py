@@ -25,6 +25,7 @@ from powertrain.errors import (
     CommunicatorMissing,
     ConfigError,
     DataError,
+    EngineError,
     OptimizerError,
     PluginConflict,
     PrecisionError,
@@ -40,6 +41,7 @@ from powertrain.roles.communicator import Communicator, SingleProcess
 from powertrain.roles.optimizer import OptimizerWrapper
 from powertrain.sampling import EpochSampler, Loader
 from powertrain.selection import select
+from powertrain.text import some
 from powertrain.weights import ModelWeights
 
 _log = logging.getLogger("powertrain")
@@ -84,6 +86,8 @@ def initialize(
         CheckpointMismatch: ``weights`` are of another model.
         PowertrainError: a plugin, device or peer that the configuration needs is not there.
     """
+    _check_free(model)
+    check_dataset(dataset)
     rank = Rank.from_environment()
     document = configuration.read(config, overrides=overrides)
     schemas = schemas_for(document, plugins)
@@ -168,19 +172,24 @@ def _build(
     inner = make_optimizer(model, optimizer, settings, hooks)
     wrapper: OptimizerWrapper | None = hooks.one("wrap_optimizer", model=model, optimizer=inner, context=context)
     wrapper = wrapper or ReplicatedOptimizer(model, inner, context)
-    context.birth.finish(model, wrapper.optimizer, device)
-    access.adopt(model, wrapper, communicator)
-    engine = Engine(
-        module=model,
-        context=context,
-        call=ModelCall(model, loss_fn),
-        optimizer=wrapper,
-        schedule=make_schedule(wrapper.optimizer, scheduler, settings),
-        loss_scale=LossScale.build(settings.precision),
-        loader=make_loader(dataset, collate_fn, context),
-    )
-    strict = settings.is_stated("batch.micro") or settings.is_stated("batch.total")
-    engine.attach(hooks.one("make_runner", engine=engine) or Accumulation(engine, strict_micro=strict))
+    try:
+        context.birth.finish(model, wrapper.optimizer, device)
+        access.adopt(model, wrapper, communicator)
+        engine = Engine(
+            module=model,
+            context=context,
+            call=ModelCall(model, loss_fn),
+            optimizer=wrapper,
+            schedule=make_schedule(wrapper.optimizer, scheduler, settings),
+            loss_scale=LossScale.build(settings.precision),
+            loader=make_loader(dataset, collate_fn, context),
+        )
+        strict = settings.is_stated("batch.micro") or settings.is_stated("batch.total")
+        engine.attach(hooks.one("make_runner", engine=engine) or Accumulation(engine, strict_micro=strict))
+    except BaseException:
+        access.release(model, wrapper)
+        wrapper.close()  # its hooks must not meet those of the next try
+        raise
     _log.info(
         "%d rank(s) on %s; batch %d = micro %d x accumulation %d x %d; precision: %s",
         mesh.world_size, device, batch.total, batch.micro, batch.accumulation, mesh.size("data"), context.recipe,
@@ -340,6 +349,7 @@ def make_optimizer(
         OptimizerError: no plugin makes it, or it is no optimizer.
     """
     if isinstance(given, torch.optim.Optimizer):
+        _check_members(model, given)
         return given
     trainable = [param for param in model.parameters() if param.requires_grad]
     if given is not None:
@@ -348,6 +358,7 @@ def make_optimizer(
             raise OptimizerError(
                 "optimizer= made no optimizer", expected="a torch.optim.Optimizer", found=type(made).__name__
             )
+        _check_members(model, made)
         return made
     table = settings.optimizer
     factory = hooks.one("make_optimizer", name=table.name, options=dict(table.options))
@@ -361,6 +372,26 @@ def make_optimizer(
     return made
 
 
+def _check_members(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse parameters that nobody would average over the ranks, shard or save.
+
+    Raises:
+        OptimizerError: one is not the model's.
+    """
+    known = set(model.parameters())
+    for number, group in enumerate(optimizer.param_groups):
+        strange = [tuple(param.shape) for param in group["params"] if param not in known]
+        if strange:
+            raise OptimizerError(
+                f"{len(strange)} of the optimizer's parameters are not the model's",
+                where=f"optimizer.param_groups[{number}]",
+                expected="parameters of the model that powertrain.initialize is given",
+                found=f"others of the shapes {some([str(shape) for shape in strange])}",
+                remedy="make what they belong to (a loss, a temperature) a submodule of the model; or, where the model "
+                "was rebuilt, make the optimizer of its parameters as they are now",
+            )
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, given: Any, settings: Config) -> schedule.Schedule | None:
     """Return the caller's schedule or the configured one; None when the rate never changes."""
     if given is not None:
@@ -371,20 +402,45 @@ def make_schedule(optimizer: torch.optim.Optimizer, given: Any, settings: Config
     return schedule.build(table.name, table.options, optimizer)
 
 
-def make_loader(dataset: Any, collate_fn: Callable[..., Any] | None, context: Context) -> Loader | None:
-    """Return the loader of ``dataset``, or None without one.
+def check_dataset(dataset: Any) -> None:
+    """Refuse what no sampler can serve, before anything is built.
 
     Raises:
         DataError: the dataset has no length.
     """
-    if dataset is None:
-        return None
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DataError(
             "the dataset has no length and no items by index",
             found=type(dataset).__name__,
             remedy="leave dataset= out, loop over your own loader, and pass its batches to engine.train_step",
         )
+
+
+def _check_free(model: torch.nn.Module) -> None:
+    """Refuse a model that another engine trains: both would take its gradients.
+
+    Raises:
+        EngineError: the other engine was not closed.
+    """
+    held = next((home for home in map(access.home_of, model.parameters()) if home is not None), None)
+    if held is not None:
+        raise EngineError(
+            "an engine holds this model already",
+            where=held.name,
+            expected="a model whose last engine was closed",
+            remedy="call engine.close(), or leave its `with` block, before powertrain.initialize is called again; or "
+            "build the model anew, which it takes anyway where parameters were sharded",
+        )
+
+
+def make_loader(dataset: Any, collate_fn: Callable[..., Any] | None, context: Context) -> Loader | None:
+    """Return the loader of ``dataset``, or None without one.
+
+    Raises:
+        DataError: a sampler cannot serve it.
+    """
+    if dataset is None:
+        return None
     sampler = context.hooks.one("make_sampler", dataset=dataset, context=context)
     if sampler is None:
         mesh = context.mesh

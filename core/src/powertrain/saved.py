@@ -154,7 +154,7 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
     check_names(engine, reader)
     values = reader.values
     # What can still be refused comes before anything of the model changes.
-    _check_optimizer(engine, values["optimizer_name"])
+    _check_optimizer(engine, values["optimizer_name"], len(values["groups"]))
     if engine.schedule is not None:
         engine.schedule.check(values["schedule"])
     sampler = engine.loader.sampler if engine.loader is not None and values["sampler"] is not None else None
@@ -178,7 +178,7 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
     if engine.schedule is not None:
         engine.schedule.load_state(values["schedule"], engine.global_step - engine.skipped_steps)
     else:
-        for group, saved in zip(engine.optimizer_wrapper.optimizer.param_groups, values["groups"], strict=False):
+        for group, saved in zip(engine.optimizer_wrapper.optimizer.param_groups, values["groups"], strict=True):
             # Without a schedule the learning rate belongs to whoever set it last.
             if "lr" in saved and not context.config.is_stated("optimizer.lr"):
                 group["lr"] = saved["lr"]
@@ -222,9 +222,19 @@ def check_names(engine: Engine, reader: CheckpointReader) -> None:
         )
 
 
-def _check_optimizer(engine: Engine, saved: str) -> None:
-    """Compare the optimizer's class: the state of another one would be dropped, or taken for something else."""
-    own = optimizers.name_of(engine.optimizer_wrapper.optimizer)
+def _check_optimizer(engine: Engine, saved: str, groups: int) -> None:
+    """Compare the optimizer's class and its groups: the state of another one would be dropped, or taken for other."""
+    optimizer = engine.optimizer_wrapper.optimizer
+    if len(optimizer.param_groups) != groups:
+        raise CheckpointMismatch(
+            "the optimizer of the checkpoint has another number of parameter groups: learning rates go by group",
+            where="optimizer=",
+            expected=f"{groups} groups",
+            found=f"{len(optimizer.param_groups)} groups",
+            remedy="make the optimizer with the groups that the checkpoint was made with, in their order; empty ones "
+            "count; to start anew from the weights, use engine.load_weights",
+        )
+    own = optimizers.name_of(optimizer)
     if own != saved:
         raise CheckpointMismatch(
             "the checkpoint was made with another optimizer",
