@@ -32,6 +32,9 @@ class Model(nn.Module):
         self.head.weight = self.token.weight
 
 
+WEIGHTS = ("weight", "bias")
+
+
 def names(model: nn.Module, unit: object = None) -> list[str]:
     return [plan.name for plan in plan_units(model, unit)]  # type: ignore[arg-type]
 
@@ -44,6 +47,34 @@ def test_the_repeated_block_is_found_although_it_holds_longer_lists() -> None:
     assert plans[0].whole_pass
     assert set(plans[0].paths) == {"", "token", "head"}
     assert sum(plan.numel for plan in plans) == sum(p.numel() for p in Model().parameters())
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.own = nn.Linear(4, 4)
+        self.inner = inner
+
+
+def test_a_module_that_units_share_is_the_roots() -> None:
+    """What several blocks hold, or a block and what is outside of it, stays while any of them runs."""
+    shared = nn.Linear(4, 4)
+    (root, *units) = plan_units(nn.ModuleList(Around(shared) for _ in range(3)), None)
+    assert [name for name, _ in root.params] == ["0.inner.weight", "0.inner.bias"]
+    assert [name for unit in units for name, _ in unit.params] == [f"{i}.own.{n}" for i in range(3) for n in WEIGHTS]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(Around(nn.Linear(4, 4)) for _ in range(2))})
+    model["head"] = model["blocks"][1].inner  # type: ignore[index]
+    root = plan_units(model, None)[0]
+    assert [name for name, _ in root.params] == ["blocks.1.inner.weight", "blocks.1.inner.bias"]
+
+
+def test_a_block_that_stands_twice_is_one_unit() -> None:
+    """A list may hold the same block again; a unit within another keeps its parameters wherever it is met."""
+    block = Around(nn.Linear(4, 4))
+    model = nn.ModuleList([block, block, Around(nn.Linear(4, 4))])
+    assert names(model) == ["0", "2"]
+    plans = plan_units(nn.ModuleList([block, Around(block.inner)]), ["*", "*.inner"])
+    assert [(plan.name, len(plan.params)) for plan in plans] == [("0", 2), ("0.inner", 2), ("1", 2)]
 
 
 def test_encoder_and_decoder_blocks_are_units() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -64,16 +64,10 @@ def plan_units(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -
         ShardingError: a name matches nothing, with what there is instead.
     """
     groups = _groups(model, unit)
-    owner: dict[torch.nn.Module, int] = {}
-    for number, paths in enumerate(groups):
-        for path in paths:
-            for module in model.get_submodule(path).modules():
-                owner[module] = number  # a nested unit comes later, and takes its modules from the outer one
-    users: dict[torch.nn.Parameter, set[int]] = defaultdict(set)
+    users = _users(model, {model.get_submodule(path): number for number, paths in enumerate(groups) for path in paths})
     holders: dict[torch.nn.Parameter, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for param in module.parameters(recurse=False):
-            users[param].add(owner.get(module, -1))
             holders[param].append(path)
     members: dict[int, list[Named]] = defaultdict(list)
     for name, param in named_parameters(model):
@@ -90,6 +84,26 @@ def plan_units(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -
             name = paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
             plans.append(UnitPlan(name, tuple(paths), tuple(members[number])))
     return plans
+
+
+def _users(model: torch.nn.Module, units: Mapping[torch.nn.Module, int]) -> dict[torch.nn.Parameter, set[int]]:
+    """Return the units whose forward passes use each parameter, -1 for what lies in none.
+
+    A module is of the innermost unit around it, and of several where several places of the model hold it.
+    """
+    users: dict[torch.nn.Parameter, set[int]] = defaultdict(set)
+    seen: set[tuple[torch.nn.Module, int]] = set()
+    below = [(model, -1)]
+    while below:
+        module, around = below.pop()
+        place = units.get(module, around)
+        if (module, place) in seen:
+            continue
+        seen.add((module, place))
+        for param in module.parameters(recurse=False):
+            users[param].add(place)
+        below.extend((child, place) for child in module.children())
+    return users
 
 
 def _groups(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -> list[list[str]]:
