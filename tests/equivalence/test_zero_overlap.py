@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import company
+import plain
 import pytest
+import sharded
 import threads
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def sent_before_the_last_gradient(stage: int, orders: list[range]) -> list[int]:
@@ -64,3 +68,134 @@ def test_what_is_used_for_the_first_time_later(stage: int) -> None:
     steps = [[plainly] * 4, [plainly, [0, 1, 2], plainly, plainly], [[3], plainly, plainly, [0, 1, 2]], [plainly] * 4]
     theirs = company.plain_loop(company.make_stack, [company.stack_micros(orders) for orders in steps])
     company.equal(threads.run(2, changing, stage, steps), theirs)
+
+
+class Layers(nn.Module):
+    """Layers registered in another order than they run, each a bucket; a batch names the one that it leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(12))
+
+    def forward(self, x: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+        for number in reversed(range(12)):
+            if number != int(without[0]):
+                x = x + torch.tanh(self.layers[number](x))
+        return x.square().mean()
+
+
+def layered(rank: int, without: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(rank))
+    return x, torch.full((4,), without)
+
+
+def held_back(stage: int, skipped: list[int]) -> tuple[Any, list[tuple[int, int]]]:
+    """For each step, count reductions before the last gradient comes and in all; run on every rank."""
+    config = {"zero": {"stage": stage, "bucket": 256}, "optimizer": {"name": "sgd", "lr": 0.5}}
+    counts = []
+    with company.start(Layers, config) as engine:
+        communicator: Any = engine.context.communicator
+        started = 0
+        before = 0
+        plainly = communicator.reduce_scatter
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal started
+            started += 1
+            return plainly(*args, **kwargs)
+
+        def arrived(param: Any) -> None:
+            nonlocal before
+            before = started
+
+        communicator.reduce_scatter = counted
+        model: Any = engine.module
+        model.layers[11].weight.register_post_accumulate_grad_hook(arrived)  # it runs first
+        for without in skipped:
+            started = 0
+            engine.train_step(layered(engine.data_rank, without))
+            counts.append((before, started))
+        return sharded.slices(engine), counts
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_layer_without_a_gradient_holds_little_back(stage: int) -> None:
+    """The order of the first step is kept; what an unused layer holds back is bounded, and nothing is sent twice."""
+    skipped = [-1, -1, 0, 5, -1]
+    results = threads.run(2, held_back, stage, skipped)
+    for _, counts in results:
+        assert [total for _, total in counts[1:]] == [12] * 4, counts
+        assert counts[1][0] >= 10
+        assert counts[2][0] >= 7, "behind the layer that comes first"
+        assert counts[3][0] >= 7
+    model = Layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for without in skipped:
+        optimizer.zero_grad()
+        for rank in range(2):
+            (model(*layered(rank, without)) / 2).backward()
+        optimizer.step()
+    mine = sharded.parameters([slices for slices, _ in results])
+    assert plain.difference(mine, {n: p.detach() for n, p in model.named_parameters()}) <= 1e-6
+
+
+class Segments(nn.Module):
+    """Blocks of which activation checkpointing runs four at once again."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant = reentrant
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def run(first: int, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks[first : first + 4]:
+                x = x + block(x)
+            return x
+
+        x = x.requires_grad_()  # reentrant checkpointing needs it
+        for first in (0, 4, 8):
+            x = checkpoint(run, first, x, use_reentrant=self.reentrant)
+        return x.square().mean()
+
+
+def in_segments(reentrant: bool) -> tuple[Any, list[int]]:
+    """Count the reductions of each step; run on every rank."""
+    config = {"zero": {"stage": 3}, "optimizer": {"name": "sgd", "lr": 0.1}}
+    counts = []
+    with company.start(Segments, config, reentrant=reentrant) as engine:
+        communicator: Any = engine.context.communicator
+        started = 0
+        plainly = communicator.reduce_scatter
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal started
+            started += 1
+            return plainly(*args, **kwargs)
+
+        communicator.reduce_scatter = counted
+        for _ in range(3):
+            started = 0
+            engine.train_step((layered(engine.data_rank, 0)[0],))
+            counts.append(started)
+        return sharded.slices(engine), counts
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_units_that_are_run_again_together_are_reduced_once(reentrant: bool) -> None:
+    """From the second step on a segment's units are reduced after its backward, not before it and once more."""
+    results = threads.run(2, in_segments, reentrant)
+    for _, counts in results:
+        assert counts[0] > 12
+        assert counts[1:] == [12, 12]
+    model = Segments(reentrant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for rank in range(2):
+            (model(layered(rank, 0)[0]) / 2).backward()
+        optimizer.step()
+    mine = sharded.parameters([slices for slices, _ in results])
+    assert plain.difference(mine, {n: p.detach() for n, p in model.named_parameters()}) <= 1e-6

@@ -53,6 +53,19 @@ def version(tensor: torch.Tensor) -> int:
     return int(tensor._version)
 
 
+def owns_its_memory(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is the only one over its memory, and covers it; no public call counts the others."""
+    storage = tensor.untyped_storage()
+    # One reference is the tensor's, one that of the object by which we ask.
+    alone = int(torch._C._storage_Use_Count(storage._cdata)) == 2
+    return alone and storage.nbytes() == tensor.numel() * tensor.element_size()
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether somebody is to be called before or after each ``step`` of an optimizer; no public call tells."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def apply(module: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace a module's parameters and buffers as ``module.to`` would, with what modules add to that.
 

@@ -30,6 +30,7 @@ class Backward:
         history: the units of each forward pass that will be gone back through.
         ran: the units that this rank ran in them.
         lasting: gradients are differentiated as well, so what was gathered stays until ``forget``.
+        delayed: units that were sent before their gradients came, on any rank, in a step before.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Backward:
         self.history: list[list[Unit]] = []
         self.ran: set[Unit] = set()
         self.lasting = False
+        self.delayed: set[Unit] = set()
         self._units = list(units)
         self._prefetch = prefetch
         self._rounds = rounds
@@ -82,7 +84,9 @@ class Backward:
         reducing = {unit for unit in self._units if unit.gradients} if self._reducing() else set()
         # What is here now is so on all ranks: passes end alike everywhere.
         here = {unit for unit in self._units if unit.here}
-        steps, marks = backward_steps(passes, whole, prefetch=self._prefetch, reducing=reducing, here=here)
+        steps, marks = backward_steps(
+            passes, whole, prefetch=self._prefetch, reducing=reducing, here=here, delayed=self.delayed
+        )
         for unit in self._units:
             unit.done = False
         visits = [unit for units in reversed(passes) for unit in reversed(units)]

@@ -289,6 +289,10 @@ class Flow:
         """Reduce what is complete, as far as the order allows."""
         self._backward.completed()
 
+    def delay(self, unit: Unit) -> None:
+        """From the next step on, reduce a unit later in backward: it was sent before its gradients came."""
+        self._backward.delayed.add(unit)
+
     # --- ranks that run different numbers of passes ------------------------------------
 
     @contextmanager

@@ -12,6 +12,7 @@ from collections import deque
 
 import torch
 
+from powertrain.compat import owns_its_memory
 from powertrain.roles.communicator import Communicator, Handle
 from powertrain_zero.arena import Arena
 from powertrain_zero.flat import Flat
@@ -126,6 +127,7 @@ class FlatGradients:
         self._flight: tuple[Handle, torch.Tensor] | None = None
         self._crossing: Handle | None = None
         self._begun = False  # the shard holds a part of this step
+        self._early = False  # it was sent incomplete in this micro-batch
         pool.fit(flat.numel)
 
     @property
@@ -149,12 +151,18 @@ class FlatGradients:
         """Whether there are gradients that were not sent."""
         return self._open is not None
 
+    @property
+    def sent_early(self) -> bool:
+        """Whether there are gradients that were not sent because they came after what they belong to."""
+        return self._early and self.waiting
+
     def begin(self, *, first: bool) -> None:
         """Prepare for a micro-batch; the first one of a step forgets the old gradients."""
         if first:
             self.drop()
         self._missing = sum(self._expected)
         self._arrived = [False] * len(self._arrived)
+        self._early = False
 
     def learn(self) -> None:
         """Expect, from the end of this step on, what this rank has used so far."""
@@ -191,10 +199,11 @@ class FlatGradients:
     def _may_take(self, grad: torch.Tensor) -> bool:
         """Return whether a gradient can be the buffer itself: that of the only parameter, as a large one is.
 
-        Nobody else has it: autograd makes a gradient anew, or copies one that something still refers to.
+        Not where others see its memory: autograd hands out views of a gradient that is still on its way elsewhere.
         """
         alone = len(self._filled) == 1 and grad.numel() == self.flat.numel and self._whole is None
-        return alone and grad.dtype == self._pool.dtype and grad.is_contiguous() and not grad.requires_grad
+        fits = alone and grad.dtype == self._pool.dtype and grad.is_contiguous() and not grad.requires_grad
+        return fits and owns_its_memory(grad)
 
     def _put(self, index: int, grad: torch.Tensor) -> None:
         """Copy a gradient into the buffer, or add it to what is there."""
@@ -217,6 +226,7 @@ class FlatGradients:
 
     def send(self) -> None:
         """Start the reduction of what there is; parameters without a gradient count as zeros."""
+        self._early = self._early or not self.complete
         # The oldest first, the same on all ranks; what a reduction receives into is memory, too.
         while self._flight is not None or len(self._flights) >= IN_FLIGHT:
             self._flights[0].settle()

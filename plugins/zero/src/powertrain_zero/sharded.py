@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from powertrain.context import Context
-from powertrain.errors import ShardingError
+from powertrain.errors import CommunicationError, ShardingError
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.communicator import Handle
 from powertrain.roles.optimizer import OptimizerWrapper, Update, granularity_of
@@ -31,8 +31,8 @@ from powertrain_zero.passes import Ballot
 from powertrain_zero.quantize import BLOCK, Blockwise
 from powertrain_zero.quantized_reduce import QuantizedReduce
 from powertrain_zero.quantized_wire import QuantizedGather
+from powertrain_zero.reductions import Reductions
 from powertrain_zero.saved import SavedState
-from powertrain_zero.timeline import Cursor, Step
 from powertrain_zero.unit import Unit
 from powertrain_zero.units import Named, UnitPlan, plan_buckets, plan_units
 from powertrain_zero.update import Updater
@@ -93,10 +93,13 @@ class ShardedOptimizer(OptimizerWrapper):
             for gradients in unit.gradients
             for index, (_, param) in enumerate(gradients.flat.named)
         }
+        self._unit_of = [unit for unit in self.units for _ in unit.gradients]
         self._updater = Updater(self.units, optimizer, self.groups, context)
         self._saved = SavedState(self.units, optimizer, context)
+        for param in self._gradients_of:
+            param.grad = None  # of a loop before this one: autograd would add to it
         self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._gradients_of]
-        self._cursor: Cursor[Unit] | None = None
+        self._reductions = Reductions(self.units, self._communicator)
         self._flow: Flow | None = None
         self._generation: Any = None
         if self.stage == 3:
@@ -192,13 +195,15 @@ class ShardedOptimizer(OptimizerWrapper):
         self._flushed = False
         if self._first:
             self._check_frozen()
+            if self._flow is not None:
+                self._flow.reset()  # forward passes since the last step that nobody went back through
         for unit in self.units:
             for gradients in unit.gradients:
                 gradients.begin(first=self._first)
         self._first = False
         self._round_open = last or self.stage > 1
         if self._flow is None and self._round_open:
-            self._cursor = Cursor([Step("reduce", unit) for unit in reversed(self.units)])
+            self._reductions.begin()
 
     def _check_frozen(self) -> None:
         """Refuse to leave a parameter untrained in silence.
@@ -220,29 +225,26 @@ class ShardedOptimizer(OptimizerWrapper):
     @torch.no_grad()  # also where gradients are differentiated themselves
     def _arrived(self, param: torch.Tensor) -> None:
         """Move a gradient that autograd has just finished into its buffer."""
-        _, gradients, index = self._gradients_of[param]  # type: ignore[index]
+        unit, gradients, index = self._gradients_of[param]  # type: ignore[index]
         grad = param.grad
         assert grad is not None
         param.grad = None
         if not gradients.is_expected(index):
             # A batch goes a new way. What else lies on it is to be sent unit by unit, not all at the end.
-            for others in (part for unit in self.units for part in unit.gradients):
-                others.expect_all()
+            for other in (part for any_unit in self.units for part in any_unit.gradients):
+                other.expect_all()
         gradients.add(index, grad.to_dense() if grad.is_sparse else grad)
         if not gradients.complete:
             return
         if self._flow is not None:
             self._flow.completed()
-        elif self._cursor is not None:
-            while (step := self._cursor.peek()) is not None and step.unit.complete:
-                self._cursor.advance().unit.send()
+        else:
+            self._reductions.completed(unit)
 
     def _end_round(self) -> None:
         """Send what was not complete: the same on every rank, whatever branches it took."""
-        if self._round_open and self._cursor is not None:
-            for step in self._cursor.rest():
-                step.unit.send()
-        self._cursor = None
+        if self._round_open and self._flow is None:
+            self._reductions.finish()
         self._round_open = False
 
     def flush(self) -> None:
@@ -251,14 +253,20 @@ class ShardedOptimizer(OptimizerWrapper):
             self._end_round()
         if self._flushed:
             return
+        if self._flow is None:
+            self._reductions.learn()
         gradients = [part for unit in self.units for part in unit.gradients]
         flags = [float(used) for part in gradients for used in part.used]
         flags += [float(part.waiting) for part in gradients]
+        flags += [float(part.sent_early) for part in gradients]
         agreed = self._agree(flags)
-        late = agreed[len(agreed) - len(gradients) :]
+        late, early = (agreed[len(agreed) - back * len(gradients) :][: len(gradients)] for back in (2, 1))
         for part, flag in zip(gradients, late, strict=True):
             if flag:
                 part.send()
+        if self._flow is not None:
+            for unit in {unit for unit, flag in zip(self._unit_of, early, strict=True) if flag}:
+                self._flow.delay(unit)
         used = iter(agreed)
         for part in gradients:
             part.anywhere = [next(used) > 0 for _ in part.used]
@@ -367,11 +375,18 @@ class ShardedOptimizer(OptimizerWrapper):
             self._writing.append(params)
         try:
             yield
-        finally:
-            # Also after an exception: what was written is there, and ranks must not differ in it.
+        except CommunicationError:  # nobody is there to agree with
+            raise
+        except Exception:
+            # What was written is there, and ranks must not differ in it.
             if write:
                 self._take_back(params, units)
-                self._writing = [others for others in self._writing if others is not params]
+            raise
+        else:
+            if write:
+                self._take_back(params, units)
+        finally:
+            self._writing = [others for others in self._writing if others is not params]
             for unit in units:
                 unit.let_go()
 

@@ -32,6 +32,7 @@ def backward_steps(
     prefetch: int,
     reducing: Collection[U],
     here: Collection[U] | None = None,
+    delayed: Collection[U] = (),
 ) -> tuple[list[Step[U]], list[tuple[U, int]]]:
     """Write down a backward pass.
 
@@ -42,6 +43,8 @@ def backward_steps(
         reducing: the units whose gradients are reduced in this backward pass.
         here: units that need no gather on their first visit, and of ``last`` no gather at all; the
             others of ``last`` are gathered first. None: nothing is said of ``last``, and no other is here.
+        delayed: units whose gradients come only when backward has come to a unit behind them, as where
+            activation checkpointing runs several units again at once: reduced after the next that is none of these.
 
     Returns:
         The steps; and for each unit in order of backward, the number of steps that
@@ -57,6 +60,7 @@ def backward_steps(
         steps = [Step("gather", unit) for unit in late if unit in ran and unit not in here]
         marks = [(step.unit, len(steps)) for step in steps]
     present = set(here or ())
+    held: list[U] = []
     gathered = 0
     for place, unit in enumerate(backward):
         while gathered < min(len(backward), place + 1 + prefetch):
@@ -67,8 +71,11 @@ def backward_steps(
             gathered += 1
         marks.append((unit, len(steps)))
         if unit in reducing and final[unit] == place:
-            steps.append(Step("reduce", unit))
-    steps += [Step("reduce", unit) for unit in late if unit in reducing]
+            held.append(unit)
+        if unit not in delayed:
+            steps += [Step("reduce", done) for done in held]
+            held.clear()
+    steps += [Step("reduce", unit) for unit in [*held, *late] if unit in reducing]
     return steps, marks
 
 
