@@ -104,6 +104,7 @@ def touches(stage: int) -> dict[str, str]:
             "operator": lambda: weight + 1,
             "init": lambda: nn.init.zeros_(weight),
             "data_ptr": weight.data_ptr,
+            "type": lambda: weight.type(torch.bfloat16),
             "module": lambda: model.blocks[0].mlp.inner(torch.zeros(1, company.WIDTH)),
             "vector": lambda: nn.utils.parameters_to_vector(model.parameters()),
             "load": lambda: model.load_state_dict({name: torch.zeros(shape) for name, (shape, *_) in facts.items()}),
@@ -122,6 +123,7 @@ def touches(stage: int) -> dict[str, str]:
             assert all(p.is_leaf and p.grad is None and p.device.type == "cpu" for p in model.parameters())
             assert len(weight) == weight.size(0) == weight.shape[0]
             assert weight.ndim == weight.dim() == 2
+            assert weight.type() == "torch.FloatTensor"
             assert weight.stride() == (company.WIDTH, 1)
             assert "blocks.0.mlp.inner.weight" in repr(weight)
             assert isinstance(weight, nn.Parameter)

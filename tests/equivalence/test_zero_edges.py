@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import powertrain
-from powertrain.errors import ParameterFreed, PrecisionError, ShardingError
+from powertrain.errors import EngineError, ParameterFreed, PeerFailed, PrecisionError, ShardingError
 
 
 class Scaled(nn.Module):
@@ -176,3 +176,206 @@ def test_replacing_a_freed_parameters_memory_is_an_error(ranks: Any) -> None:
     """``param.data = …`` on a freed parameter would be lost at the next gather."""
     for said in ranks(2, writes_data):
         assert "towers.0.weight" in said
+
+
+class Offsets(nn.Module):
+    """Parameters whose gradients autograd hands out as views of one tensor; returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.position = nn.Parameter(torch.randn(16, 16))
+        self.time = nn.Parameter(torch.randn(16, 16))
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.head(torch.tanh(x + self.position[None] + self.time[None]))).square().mean()
+
+
+def offset_micros() -> list[tuple[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(1, 16, 16, generator=generator),) for _ in range(4)]
+
+
+def train_offsets(stage: int) -> sharded.Slices:
+    config = {"zero": {"stage": stage, "bucket": 16}, "batch": {"micro": 1, "accumulation": 2}}
+    optimizer = torch.optim.SGD
+    with powertrain.initialize(Offsets(), config, optimizer=lambda params: optimizer(params, lr=1.0)) as engine:
+        mine = offset_micros()[2 * engine.data_rank : 2 * engine.data_rank + 2]
+        for _ in range(2):
+            engine.train_step(iter(mine))
+        return sharded.slices(engine)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_that_share_memory(ranks: Any, stage: int) -> None:
+    """A gradient is not taken as a buffer where another parameter's is a view of the same memory."""
+    mine = sharded.parameters(ranks(2, train_offsets, stage))
+    model = Offsets()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    params = list(model.parameters())
+    for _ in range(2):
+        # Not backward(): twice, it would add the second gradient to both views of the first, as in torch itself.
+        grads = [torch.autograd.grad(model(x) / 4, params) for (x,) in offset_micros()]
+        for param, *parts in zip(params, *grads, strict=True):
+            param.grad = sum(parts)  # type: ignore[assignment]
+        optimizer.step()
+    assert plain.difference(mine, {n: p.detach() for n, p in model.named_parameters()}) <= 1e-6
+
+
+class Shared(nn.Module):
+    """Blocks around one module that all of them call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        width = plain.FEATURES
+        inner = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh(), inner) for _ in range(3))
+        self.head = nn.Linear(width, plain.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def plain_shared(steps: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    inputs, targets = plain.make_data()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def train_on(stage: int, before: int, after: int) -> sharded.Slices:
+    """Train plainly for some steps, then go on under an engine with the same optimizer."""
+    model = Shared()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    plain_shared(before, model, optimizer)
+    config = {"zero": {"stage": stage}} if stage else {}
+    with powertrain.initialize(model, config, loss_fn=nn.functional.cross_entropy, optimizer=optimizer) as engine:
+        for _ in range(after):
+            engine.train_step(plain.piece(plain.make_data(), engine.data_rank, engine.data_size))
+        assert set(optimizer.state) <= {param for group in optimizer.param_groups for param in group["params"]}
+        return sharded.slices(engine)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_optimizer_with_a_past_goes_on(ranks: Any, stage: int) -> None:
+    """Moments that were there before ``initialize`` are sharded and used; blocks may share a module."""
+    mine = sharded.parameters(ranks(2, train_on, stage, 3, 3))
+    model = Shared()
+    theirs = plain_shared(6, model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert plain.difference(mine, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_failed_initialize_leaves_a_model_as_it_was(stage: int) -> None:
+    """What it put on the model is off again: the next one, as in a notebook, trains as the first would have."""
+    models = Shared(), Shared()
+
+    def refuse(optimizer: torch.optim.Optimizer) -> Any:
+        raise ZeroDivisionError
+
+    config = {"zero": {"stage": stage}}
+    with pytest.raises(ZeroDivisionError):
+        powertrain.initialize(models[0], config, loss_fn=nn.functional.cross_entropy, scheduler=refuse)
+    for model in models:
+        with powertrain.initialize(model, config, loss_fn=nn.functional.cross_entropy) as engine:
+            for _ in range(2):
+                engine.train_step(plain.make_data())
+    assert plain.same_bits(*(dict(model.named_parameters()) for model in models))
+
+
+def twice(stage: int) -> str:
+    """Build an engine on the model of another; return what is said."""
+    model = Shared()
+    config = {"zero": {"stage": stage}}
+    with powertrain.initialize(model, config, loss_fn=nn.functional.cross_entropy) as engine:
+        with pytest.raises(EngineError, match="holds this model already") as caught:
+            powertrain.initialize(model, config, loss_fn=nn.functional.cross_entropy)
+        engine.train_step(plain.piece(plain.make_data(), engine.data_rank, engine.data_size))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_of_an_open_engine_is_refused(ranks: Any, stage: int) -> None:
+    """The error names a parameter; the engine that has the model goes on."""
+    for said in ranks(2, twice, stage):
+        assert "blocks.0.0.weight" in said
+
+
+class Looking(nn.Module):
+    """A layer that asks for its own weight while it runs, in forward and in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(plain.FEATURES) + 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with powertrain.full(self.weight):
+            norm = self.weight.norm()
+        result = nn.functional.linear(x, self.weight / norm)
+        if result.requires_grad:
+            result.register_hook(lambda grad: self.look())
+        return torch.tanh(result)
+
+    def look(self) -> None:
+        with powertrain.full(self.weight):
+            assert float(self.weight.detach().norm()) > 0
+
+
+def look(stage: int) -> sharded.Slices:
+    model = nn.Sequential(*(Looking() for _ in range(3)), nn.Linear(plain.FEATURES, plain.CLASSES))
+    torch.nn.init.ones_(model[3].weight)
+    torch.nn.init.zeros_(model[3].bias)
+    heard = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: heard.append(1))
+    config = {"zero": {"stage": stage, "bucket": 20}}
+    with powertrain.initialize(model, config, loss_fn=nn.functional.cross_entropy, optimizer=optimizer) as engine:
+        for step in range(2):
+            for _ in range(3):  # with gradients, and nobody goes back
+                engine.module(plain.make_data()[0])
+            engine.train_step(plain.piece(plain.make_data(), engine.data_rank, engine.data_size))
+            assert len(heard) == step + 1
+        return sharded.slices(engine)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_model_may_look_at_itself(ranks: Any, stage: int) -> None:
+    """A ``full`` block in a pass leaves what the pass uses; hooks of the optimizer hear of one update a step."""
+    mine = sharded.parameters(ranks(2, look, stage))
+    single = sharded.parameters(ranks(1, look, stage))
+    assert plain.difference(mine, single) <= 1e-6
+
+
+def lost() -> list[str]:
+    """Lose a rank in a writing block; return the labels of what travelled at its end."""
+    with powertrain.initialize(Shared(), {"zero": {"stage": 3}}, loss_fn=nn.functional.cross_entropy) as engine:
+        labels: list[str] = []
+        communicator = engine.context.communicator
+        broadcast = communicator.broadcast
+
+        def told(tensor: torch.Tensor, source: int, *args: Any, label: str, **more: Any) -> Any:
+            labels.append(label)
+            return broadcast(tensor, source, *args, label=label, **more)
+
+        communicator.broadcast = told  # type: ignore[method-assign]
+        for kind in (PeerFailed, KeyboardInterrupt):
+            with pytest.raises(kind), powertrain.full(engine, write=True):
+                raise kind("rank 1 is gone")
+            with pytest.raises(ParameterFreed):
+                engine.module.head.weight.sum()
+        assert not labels
+        with powertrain.full(engine, write=True):
+            pass
+        return labels
+
+
+def test_a_writing_block_does_not_wait_for_a_lost_rank(ranks: Any) -> None:
+    """When communication has failed, or a person interrupts, the block's end only frees."""
+    for labels in ranks(2, lost):
+        assert labels

@@ -53,6 +53,9 @@ class ReplicatedOptimizer(OptimizerWrapper):
                 param.data = param.data.to(recipe.parameters)
         for group in optimizer.param_groups:
             group["params"] = [self._masters.get(param, param) for param in group["params"]]
+        for param, master in self._masters.items():  # what the optimizer knows already goes on from there
+            if param is not master and (state := optimizer.state.pop(param, None)):
+                optimizer.state[master] = {key: _like_master(value, param, recipe) for key, value in state.items()}
         # Alone, and with nothing to convert, autograd's own accumulation is the best there is.
         self._buckets: GradientBuckets | None = None
         if context.communicator.size("data") > 1 or recipe.reduce != recipe.parameters:
@@ -213,6 +216,13 @@ class ReplicatedOptimizer(OptimizerWrapper):
         """Take the gradient hooks off the model."""
         if self._buckets is not None:
             self._buckets.close()
+
+
+def _like_master(value: Any, param: torch.Tensor, recipe: Recipe) -> Any:
+    """Return a part of a parameter's optimizer state in the format that goes with its master."""
+    if isinstance(value, torch.Tensor) and value.shape == param.shape and value.is_floating_point():
+        return value.to(recipe.state)
+    return value
 
 
 def _check(recipe: Recipe) -> None:

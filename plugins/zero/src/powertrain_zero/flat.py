@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -50,6 +51,20 @@ class Segment:
     def of(self, shard: torch.Tensor) -> torch.Tensor:
         """Return this segment of a buffer with the shard's layout, in the master's shape."""
         return shard[self.offset : self.offset + self.master.numel()].view(self.master.shape)
+
+    def share(self, value: Any, dtype: torch.dtype) -> Any:
+        """Return this segment's part of a whole parameter's optimizer state, a copy; numbers and counts as they are.
+
+        Args:
+            value: a tensor of the parameter's shape, or anything else.
+            dtype: of the result, where it is a floating-point tensor of the parameter's shape.
+        """
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            return value
+        if tuple(value.shape) != self.shape or not self.shape:
+            return value.detach().clone()
+        part = value.detach().reshape(-1)[self.start : self.start + self.master.numel()].view(self.master.shape)
+        return part.to(self.master.device, dtype if part.is_floating_point() else part.dtype, copy=True)
 
     def slice(self, prefix: str, tensor: torch.Tensor) -> TensorSlice:
         """Return ``tensor`` as a slice of a global one.

@@ -23,7 +23,7 @@ _HARMLESS = frozenset(
         "__get__", "__set__", "__delete__", "__hash__", "size", "stride", "dim", "numel", "nelement", "ndimension",
         "element_size", "is_floating_point", "is_complex", "is_contiguous", "requires_grad_", "register_hook",
         "register_post_accumulate_grad_hook", "get_device", "is_signed", "is_sparse", "storage_offset", "_is_view",
-        "__len__", "is_meta", "type",
+        "__len__", "is_meta",
     }
 )  # fmt: skip
 """What can be asked of a parameter without its elements. ``__get__`` and ``__set__`` are those of attributes."""
@@ -38,7 +38,7 @@ _OPEN = (
 )
 _OVER = (
     "its engine is closed, so nothing gathers it any more: use what was saved, or take the values before the engine "
-    "closes, in `with powertrain.full(module):`"
+    "closes, in `with powertrain.full(module):`; for another engine build the model anew"
 )
 
 
@@ -56,7 +56,8 @@ class FreedParameter(torch.nn.Parameter):
         """
         name = getattr(func, "__name__", str(func))
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name in _HARMLESS and not (name in ("__get__", "__set__") and attribute in _ELEMENTS):
+        asks_for_type = name == "type" and len(args) == 1 and not kwargs  # with a type, it converts
+        if asks_for_type or (name in _HARMLESS and not (name in ("__get__", "__set__") and attribute in _ELEMENTS)):
             with plain_dispatch():
                 return func(*args, **(kwargs or {}))
         touched = next((arg for arg in _flat(args, kwargs) if isinstance(arg, FreedParameter)), None)
@@ -85,6 +86,7 @@ def mark_freed(param: torch.nn.Parameter, name: str) -> None:
     if type(param) is torch.nn.Parameter:
         param.__class__ = FreedParameter
         setattr(param, _NAME, name)
+        setattr(param, _CLOSED, False)  # of an engine before this one
 
 
 def mark_closed(param: torch.nn.Parameter) -> None:

@@ -54,6 +54,7 @@ class Unit:
         self._exact = PlainGather(communicator, groups.shard)
         self._handle: Handle | None = None
         self._holds = 0
+        self._in_use = False  # by a pass, beside those who hold it
         self._label = f"parameters of {plan.name}"
         self._kept: list[torch.Tensor] = []
         self._kept_valid = False
@@ -114,8 +115,9 @@ class Unit:
         self._kept_valid = True
 
     def release(self) -> None:
-        """Free the parameters, unless somebody holds them."""
+        """Free the parameters, or let the last of those who hold them do it."""
         self.wait()
+        self._in_use = False
         if self.ready and not self.resident and not self._holds:
             self.ready = False
             for flat in self.flats:
@@ -123,6 +125,8 @@ class Unit:
 
     def hold(self) -> None:
         """Bring the parameters here, as exact as the model's format is, and keep them until ``let_go``."""
+        if self._holds == 0:
+            self._in_use = self.here
         self._holds += 1
         if self._holds == 1 and not self._wire.exact and not self.resident:
             # What travelled quantized for a pass is not what the masters say.
@@ -141,9 +145,10 @@ class Unit:
         self.wait()
 
     def let_go(self) -> None:
-        """End a ``hold``."""
+        """End a ``hold``: what no pass used when it began, or uses any more, is freed."""
         self._holds -= 1
-        self.release()
+        if not self._holds and not self._in_use:
+            self.release()
 
     def forget_kept(self) -> None:
         """Drop the secondary slice: the parameters have changed."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from powertrain.compat import has_step_hooks
 from powertrain.context import Context
 from powertrain.errors import PrecisionError, ShardingError
 from powertrain.roles.communicator import Done, Handle
@@ -47,25 +48,33 @@ class Updater:
                     segments[flat.named[segment.index][1]].append(segment)
                     unit_of[segment.master] = unit
         for group in optimizer.param_groups:
-            group["params"] = [segment.master for param in group["params"] for segment in segments.get(param, ())]
+            group["params"] = [segment.master for param in group["params"] for segment in segments[param]]
+        # What the optimizer knows already (it was loaded, or fills its state when it is made) goes on from there.
+        for param, parts in segments.items():
+            if state := optimizer.state.pop(param, None):
+                for segment in parts:
+                    optimizer.state[segment.master] = {
+                        key: segment.share(value, self._state_dtype) for key, value in state.items()
+                    }
         self._lengths = [len(group["params"]) for group in optimizer.param_groups]
         self._members = {unit: [[] for _ in optimizer.param_groups] for unit in units}  # type: ignore[var-annotated]
         for number, group in enumerate(optimizer.param_groups):
             for master in group["params"]:
                 self._members[unit_of[master]][number].append(master)
         # One call a unit lets parameters travel while the next unit is updated; it is legal where
-        # the update of one element depends on no other.
+        # the update of one element depends on no other. Others than torch's own may count their calls.
         elementwise = granularity_of(optimizer) == "element"
+        countless = type(optimizer).__module__.startswith("torch.optim.")
         travels = groups.shards > 1 and any(unit.resident for unit in units)
-        converts = self._state_dtype != self._master_dtype
-        if converts and not elementwise:
+        self._converts = self._state_dtype != self._master_dtype
+        if self._converts and not elementwise:
             raise PrecisionError(
                 f"the state of {type(optimizer).__name__} cannot rest in another format than the masters",
                 where="precision.optimizer",
                 expected="an optimizer that updates element by element, such as adamw",
                 remedy="leave the key out",
             )
-        self._by_unit = elementwise and (travels or converts)
+        self._by_unit = elementwise and countless and (travels or self._converts)
 
     def step(
         self,
@@ -100,10 +109,12 @@ class Updater:
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(masters, clip, grad_norm())
         handles: list[Handle | None] = []
-        if not self._by_unit:
-            self._optimizer.step()
+        by_unit = self._by_unit and not has_step_hooks(self._optimizer)  # who listens hears of one step
+        if not by_unit:
+            with self._converted([group["params"] for group in self._optimizer.param_groups]):
+                self._optimizer.step()
         for unit in self._units:
-            if self._by_unit:
+            if by_unit:
                 with self._only(unit):
                     self._optimizer.step()
             handles.append(publish(unit))
@@ -162,17 +173,24 @@ class Updater:
         try:
             for group, members in zip(groups, mine, strict=True):
                 group["params"] = members
-            self._convert(mine, self._master_dtype)
-            yield
-            self._convert(mine, self._state_dtype)
+            with self._converted(mine):
+                yield
         finally:
             for group, members in zip(groups, everything, strict=True):
                 group["params"] = members
 
+    @contextmanager
+    def _converted(self, members: Sequence[Sequence[torch.nn.Parameter]]) -> Iterator[None]:
+        """Let the state of some segments be in the master's format."""
+        if not self._converts:
+            yield
+            return
+        self._convert(members, self._master_dtype)
+        yield
+        self._convert(members, self._state_dtype)
+
     def _convert(self, members: Sequence[Sequence[torch.nn.Parameter]], dtype: torch.dtype) -> None:
         """Convert the optimizer state of some segments, scalars excepted."""
-        if self._state_dtype == self._master_dtype:
-            return
         for masters in members:
             for master in masters:
                 state = self._optimizer.state.get(master, {})
