@@ -19,12 +19,23 @@ def test_a_plain_backward() -> None:
     assert marks == [("c", 2), ("b", 4), ("a", 5)]
 
 
-@given(passes, st.integers(0, 4), st.sets(st.integers(0, 9)), st.lists(st.integers(0, 9), max_size=2, unique=True))
+def test_units_that_are_run_again_together() -> None:
+    """What is sent too early otherwise is reduced behind the unit by which backward enters its segment."""
+    steps, _ = backward_steps(["abcd"], [], prefetch=0, reducing="abcd", delayed="db")
+    assert [f"{step.kind[0]}{step.unit}" for step in steps] == ["gd", "gc", "rd", "rc", "gb", "ga", "rb", "ra"]
+    steps, _ = backward_steps(["abcd"], [], prefetch=0, reducing="abcd", delayed="abcd")
+    assert [f"{step.kind[0]}{step.unit}" for step in steps] == ["gd", "gc", "gb", "ga", "rd", "rc", "rb", "ra"]
+
+
+numbers = st.sets(st.integers(0, 9))
+
+
+@given(passes, st.integers(0, 4), numbers, st.lists(st.integers(0, 9), max_size=2, unique=True), numbers)
 def test_every_unit_is_gathered_and_reduced_as_often_as_it_must(
-    passes: list[list[int]], prefetch: int, reducing: set[int], last: list[int]
+    passes: list[list[int]], prefetch: int, reducing: set[int], last: list[int], delayed: set[int]
 ) -> None:
     """A gather for each visit, in order; one reduction a unit, after its last visit's gather; at most so many ahead."""
-    steps, marks = backward_steps(passes, last, prefetch=prefetch, reducing=reducing)
+    steps, marks = backward_steps(passes, last, prefetch=prefetch, reducing=reducing, delayed=delayed)
     visits = [unit for units in reversed(passes) for unit in reversed(units) if unit not in last]
     assert [step.unit for step in steps if step.kind == "gather"] == visits
     reduced = [step.unit for step in steps if step.kind == "reduce"]
