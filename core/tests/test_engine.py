@@ -392,6 +392,15 @@ def test_the_callers_optimizer_is_used() -> None:
     assert caught.value.found == "list"
 
 
+def test_the_start_says_in_which_formats_it_trains(caplog: pytest.LogCaptureFixture) -> None:
+    """One line names ranks, batch and every format."""
+    with caplog.at_level("INFO", logger="powertrain"), start({"precision": {"compute": "bf16"}}):
+        pass
+    (line,) = [record.getMessage() for record in caplog.records if "precision:" in record.getMessage()]
+    for part in ("1 rank(s) on cpu", "compute bf16", "master fp32", "reduce ", "accumulate ", "state fp32"):
+        assert part in line
+
+
 def test_parameters_of_others_are_refused() -> None:
     """What is not part of the model would be neither averaged nor saved: an error, with its group and shape."""
     model, temperature = Net(), torch.nn.Parameter(torch.ones(2, 5))
