@@ -419,6 +419,16 @@ def test_a_model_belongs_to_one_engine() -> None:
         start(model=model)
     with pytest.raises(ZeroDivisionError):
         start(model=model, scheduler=lambda optimizer: 1 / 0)
+
+    class Failing(powertrain.Plugin):
+        name, api = "failing", 1
+
+        @powertrain.hookimpl
+        def on_engine_ready(self, engine: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        start(model=model, plugins=[Failing(None)])
     with start(model=model) as engine:
         engine.train_step(batch())
 

@@ -186,16 +186,16 @@ def _build(
         )
         strict = settings.is_stated("batch.micro") or settings.is_stated("batch.total")
         engine.attach(hooks.one("make_runner", engine=engine) or Accumulation(engine, strict_micro=strict))
+        _log.info(
+            "%d rank(s) on %s; batch %d = micro %d x accumulation %d x %d; precision: %s",
+            mesh.world_size, device, batch.total, batch.micro, batch.accumulation, mesh.size("data"), context.recipe,
+        )  # fmt: skip
+        for listener in hooks.listeners("on_engine_ready"):
+            listener(engine=engine)
     except BaseException:
         access.release(model, wrapper)
         wrapper.close()  # its hooks must not meet those of the next try
         raise
-    _log.info(
-        "%d rank(s) on %s; batch %d = micro %d x accumulation %d x %d; precision: %s",
-        mesh.world_size, device, batch.total, batch.micro, batch.accumulation, mesh.size("data"), context.recipe,
-    )  # fmt: skip
-    for listener in hooks.listeners("on_engine_ready"):
-        listener(engine=engine)
     return engine
 
 

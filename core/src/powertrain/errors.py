@@ -284,7 +284,7 @@ class PeerFailed(CommunicationError):
     """Another rank raised an exception or died; its report is the one to read."""
 
     code = "PT504"
-    advice = "read the first failing rank's traceback above"
+    advice = "read above what the first rank that failed says; one that was killed (out of memory?) says nothing"
 
 
 class CheckpointError(PowertrainError):

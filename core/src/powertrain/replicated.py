@@ -20,7 +20,7 @@ from powertrain.names import named_parameters
 from powertrain.pieces import FlatViews
 from powertrain.precision import Recipe
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
-from powertrain.roles.optimizer import OptimizerWrapper, Update
+from powertrain.roles.optimizer import OptimizerWrapper, Update, steps_on_host
 
 
 class ReplicatedOptimizer(OptimizerWrapper):
@@ -52,10 +52,13 @@ class ReplicatedOptimizer(OptimizerWrapper):
             if param.is_floating_point():
                 param.data = param.data.to(recipe.parameters)
         for group in optimizer.param_groups:
+            for param in group["params"]:  # what the optimizer knows already goes on from there
+                if state := optimizer.state.pop(param, None):
+                    master, on_host = self._masters.get(param, param), steps_on_host(group)
+                    optimizer.state[master] = {
+                        key: _beside(master, key, value, recipe.state, on_host=on_host) for key, value in state.items()
+                    }
             group["params"] = [self._masters.get(param, param) for param in group["params"]]
-        for param, master in self._masters.items():  # what the optimizer knows already goes on from there
-            if param is not master and (state := optimizer.state.pop(param, None)):
-                optimizer.state[master] = {key: _like_master(value, param, recipe) for key, value in state.items()}
         # Alone, and with nothing to convert, autograd's own accumulation is the best there is.
         self._buckets: GradientBuckets | None = None
         if context.communicator.size("data") > 1 or recipe.reduce != recipe.parameters:
@@ -169,8 +172,7 @@ class ReplicatedOptimizer(OptimizerWrapper):
                 continue
             master = by_name[name]
             group = group_of.get(master, {})
-            # torch keeps the step counter on the host unless the update itself reads it on the device.
-            on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
+            on_host = key == "step" and steps_on_host(group)
             value = torch.empty(info.shape, dtype=info.dtype, device="cpu" if on_host else master.device)
             state.setdefault(name, {})[key] = value
             live.append((full_name, value))
@@ -218,11 +220,14 @@ class ReplicatedOptimizer(OptimizerWrapper):
             self._buckets.close()
 
 
-def _like_master(value: Any, param: torch.Tensor, recipe: Recipe) -> Any:
-    """Return a part of a parameter's optimizer state in the format that goes with its master."""
-    if isinstance(value, torch.Tensor) and value.shape == param.shape and value.is_floating_point():
-        return value.to(recipe.state)
-    return value
+def _beside(master: torch.Tensor, key: str, value: Any, dtype: torch.dtype, *, on_host: bool) -> Any:
+    """Return an entry of a parameter's optimizer state where its master is, and in the format that goes with it."""
+    if not isinstance(value, torch.Tensor) or value.is_meta:
+        return value
+    if key == "step":
+        return value.to("cpu" if on_host else master.device)
+    with_elements = value.shape == master.shape and value.is_floating_point()
+    return value.to(master.device, dtype if with_elements else value.dtype)
 
 
 def _check(recipe: Recipe) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,6 +30,11 @@ def granularity_of(optimizer: torch.optim.Optimizer) -> Granularity:
     if declared is not None:
         return declared
     return "element" if type(optimizer) in {getattr(torch.optim, name) for name in _ELEMENTWISE} else "matrix"
+
+
+def steps_on_host(group: Mapping[str, Any]) -> bool:
+    """Return whether torch keeps the step counts of a parameter group on the host: unless the update reads them."""
+    return not (group.get("capturable") or group.get("fused"))
 
 
 class OptimizerFactory(Protocol):

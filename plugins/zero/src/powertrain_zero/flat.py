@@ -52,17 +52,24 @@ class Segment:
         """Return this segment of a buffer with the shard's layout, in the master's shape."""
         return shard[self.offset : self.offset + self.master.numel()].view(self.master.shape)
 
-    def share(self, value: Any, dtype: torch.dtype) -> Any:
-        """Return this segment's part of a whole parameter's optimizer state, a copy; numbers and counts as they are.
+    def is_cut(self, key: str, shape: Sequence[int]) -> bool:
+        """Return whether an entry of optimizer state goes with the parameter's elements: not a step count."""
+        return tuple(shape) == self.shape and key != "step"
+
+    def share(self, key: str, value: Any, dtype: torch.dtype, *, on_host: bool) -> Any:
+        """Return this segment's part of a whole parameter's optimizer state, a copy on the master's device.
 
         Args:
-            value: a tensor of the parameter's shape, or anything else.
-            dtype: of the result, where it is a floating-point tensor of the parameter's shape.
+            key: of the entry.
+            value: a tensor of the parameter's shape, another tensor, or anything else, which stays as it is.
+            dtype: of the result, where it goes with the elements and is floating-point.
+            on_host: whether step counts rest on the host.
         """
         if not isinstance(value, torch.Tensor) or value.is_meta:
             return value
-        if tuple(value.shape) != self.shape or not self.shape:
-            return value.detach().clone()
+        if not self.is_cut(key, value.shape):
+            device = torch.device("cpu") if key == "step" and on_host else self.master.device
+            return value.detach().to(device, copy=True)
         part = value.detach().reshape(-1)[self.start : self.start + self.master.numel()].view(self.master.shape)
         return part.to(self.master.device, dtype if part.is_floating_point() else part.dtype, copy=True)
 

@@ -9,7 +9,7 @@ import torch
 
 from powertrain.context import Context
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
-from powertrain.roles.optimizer import granularity_of
+from powertrain.roles.optimizer import granularity_of, steps_on_host
 from powertrain_zero.flat import Segment
 from powertrain_zero.unit import Unit
 
@@ -103,10 +103,9 @@ class SavedState:
     ) -> torch.Tensor:
         """Return memory for one piece of state."""
         master = segment.master
-        if tuple(shape) == segment.shape and key != "step":
+        if segment.is_cut(key, shape):
             # Another run may have kept it in another format.
             kind = dtype if self._state_dtype is None or not dtype.is_floating_point else self._state_dtype
             return torch.empty(master.shape, dtype=kind, device=master.device)
-        # torch keeps the step counter on the host unless the update itself reads it on the device.
-        on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
+        on_host = key == "step" and steps_on_host(group)
         return torch.empty(tuple(shape), dtype=dtype, device="cpu" if on_host else master.device)

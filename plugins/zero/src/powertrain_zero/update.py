@@ -11,7 +11,7 @@ from powertrain.compat import has_step_hooks
 from powertrain.context import Context
 from powertrain.errors import PrecisionError, ShardingError
 from powertrain.roles.communicator import Done, Handle
-from powertrain.roles.optimizer import Update, granularity_of
+from powertrain.roles.optimizer import Update, granularity_of, steps_on_host
 from powertrain_zero.flat import Segment
 from powertrain_zero.gradients import FlatGradients
 from powertrain_zero.groups import Groups
@@ -47,6 +47,7 @@ class Updater:
                 for segment in flat.segments:
                     segments[flat.named[segment.index][1]].append(segment)
                     unit_of[segment.master] = unit
+        on_host = {param: steps_on_host(group) for group in optimizer.param_groups for param in group["params"]}
         for group in optimizer.param_groups:
             group["params"] = [segment.master for param in group["params"] for segment in segments[param]]
         # What the optimizer knows already (it was loaded, or fills its state when it is made) goes on from there.
@@ -54,7 +55,8 @@ class Updater:
             if state := optimizer.state.pop(param, None):
                 for segment in parts:
                     optimizer.state[segment.master] = {
-                        key: segment.share(value, self._state_dtype) for key, value in state.items()
+                        key: segment.share(key, value, self._state_dtype, on_host=on_host.get(param, True))
+                        for key, value in state.items()
                     }
         self._lengths = [len(group["params"]) for group in optimizer.param_groups]
         self._members = {unit: [[] for _ in optimizer.param_groups] for unit in units}  # type: ignore[var-annotated]
