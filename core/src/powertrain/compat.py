@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operator; no public name
 
 
@@ -63,7 +64,9 @@ def owns_its_memory(tensor: torch.Tensor) -> bool:
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether somebody is to be called before or after each ``step`` of an optimizer; no public call tells."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    everybodys = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    return bool(own or everybodys)
 
 
 def apply(module: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

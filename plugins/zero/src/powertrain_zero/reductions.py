@@ -1,8 +1,8 @@
 """In which order units are reduced where parameters stay whole (stages 1 and 2): one order, the same on all ranks.
 
-At first it is the reverse of registration. Then it is the order in which gradients
-came to the first data rank in the first step, for a model may be registered in
-another order than it runs. A unit some of whose gradients do not come in this step
+At first it is the reverse of registration. Then it is the order in which the last
+gradient of each unit came to the first data rank in the first step, for a model may
+be registered in another order than it runs. A unit some of whose gradients do not come in this step
 (experts without tokens) does not hold up those behind it for long: it is sent with
 what it has, and what comes later is sent once more, when the ranks have agreed on it.
 """
@@ -44,11 +44,13 @@ class Reductions:
         self._unsent = set(self._order)
         self._ready.clear()
 
-    def completed(self, unit: Unit) -> None:
-        """Take note that a unit may be complete, and send what is due."""
+    def arrived(self, unit: Unit) -> None:
+        """Take note of a gradient of a unit, and send what is due."""
+        if not self._learned:
+            self._came.pop(unit, None)
+            self._came[unit] = None
         if not unit.complete:
             return
-        self._came.setdefault(unit)
         if unit not in self._unsent:
             return  # what came after it was sent goes with the last ones
         self._ready.add(unit)
@@ -63,15 +65,20 @@ class Reductions:
             self._send()
 
     def learn(self) -> None:
-        """After the first step, keep the order in which gradients came; every rank must call it."""
+        """After the first step with gradients, keep the order in which they came; every rank must call it."""
         if self._learned:
             return
-        self._learned = True
-        rest = [unit for unit in self._order if unit not in self._came]
+        order = list(self._came)
+        for before, unit in zip([None, *self._order], self._order, strict=False):
+            if unit not in self._came:  # where it would have come, as far as registration tells
+                order.insert(0 if before is None else order.index(before) + 1, unit)
         number = {unit: number for number, unit in enumerate(self._units)}
-        order = torch.tensor([number[unit] for unit in [*self._came, *rest]], device=self._communicator.device)
-        self._communicator.broadcast(order, 0, label="order of the reductions").wait()
-        self._order = [self._units[number] for number in order.tolist()]
+        facts = [len(self._came), *(number[unit] for unit in order)]
+        told = torch.tensor(facts, device=self._communicator.device)
+        self._communicator.broadcast(told, 0, label="order of the reductions").wait()
+        came, *numbers = told.tolist()
+        self._order = [self._units[number] for number in numbers]
+        self._learned = came > 0
 
     def _send_complete(self) -> None:
         while self._next < len(self._order) and self._order[self._next].complete:

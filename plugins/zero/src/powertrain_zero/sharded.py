@@ -234,12 +234,10 @@ class ShardedOptimizer(OptimizerWrapper):
             for other in (part for any_unit in self.units for part in any_unit.gradients):
                 other.expect_all()
         gradients.add(index, grad.to_dense() if grad.is_sparse else grad)
-        if not gradients.complete:
-            return
-        if self._flow is not None:
+        if self._flow is None:
+            self._reductions.arrived(unit)
+        elif gradients.complete:
             self._flow.completed()
-        else:
-            self._reductions.completed(unit)
 
     def _end_round(self) -> None:
         """Send what was not complete: the same on every rank, whatever branches it took."""
