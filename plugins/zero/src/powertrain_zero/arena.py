@@ -28,13 +28,15 @@ class Arena:
         self._taken: dict[torch.dtype, int] = defaultdict(int)
 
     def want(self, numel: int, dtype: torch.dtype) -> None:
-        """Announce a piece; all must be announced before the first is taken."""
+        """Announce a piece; all must be announced before ``allocate``."""
         self._wanted[dtype] += numel
+
+    def allocate(self) -> None:
+        """Allocate what was announced: before anything short-lived, whose touched pages it would lie on for good."""
+        self._buffers = {dtype: self._allocate(numel, dtype) for dtype, numel in self._wanted.items()}
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a piece that was announced."""
-        if dtype not in self._buffers:
-            self._buffers[dtype] = self._allocate(self._wanted[dtype], dtype)
         start = self._taken[dtype]
         self._taken[dtype] += numel
         assert self._taken[dtype] <= self._wanted[dtype], "more was taken than announced"

@@ -80,6 +80,8 @@ class ShardedOptimizer(OptimizerWrapper):
         gradients = Arena(lambda numel, dtype: self._communicator.empty(numel, dtype, self.groups.shard))
         for plan in plans:
             self._announce(plan, masters, gradients)
+        masters.allocate()
+        gradients.allocate()
         self.units = [self._make_unit(plan, masters, gradients) for plan in plans]
         self._home = {
             param: (unit, flat, index)
