@@ -9,6 +9,7 @@ what it has, and what comes later is sent once more, when the ranks have agreed 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -32,16 +33,14 @@ class Reductions:
         self._units = list(units)
         self._communicator = communicator
         self._order = list(reversed(self._units))
-        self._next = len(self._order)  # nothing is under way
-        self._unsent: set[Unit] = set()
+        self._unsent: OrderedDict[Unit, None] = OrderedDict()  # of the micro-batch under way, in order
         self._ready: set[Unit] = set()  # complete, and behind one that is not
         self._came: dict[Unit, None] = {}
         self._learned = communicator.size("data") == 1
 
     def begin(self) -> None:
         """Start a micro-batch whose gradients travel."""
-        self._next = 0
-        self._unsent = set(self._order)
+        self._unsent = OrderedDict.fromkeys(self._order)
         self._ready.clear()
 
     def arrived(self, unit: Unit) -> None:
@@ -49,10 +48,8 @@ class Reductions:
         if not self._learned:
             self._came.pop(unit, None)
             self._came[unit] = None
-        if not unit.complete:
+        if not unit.complete or unit not in self._unsent:  # what comes after it was sent goes with the last ones
             return
-        if unit not in self._unsent:
-            return  # what came after it was sent goes with the last ones
         self._ready.add(unit)
         self._send_complete()
         while len(self._ready) > OPEN:
@@ -61,7 +58,7 @@ class Reductions:
 
     def finish(self) -> None:
         """Send what was not complete: the same on every rank, whatever branches it took."""
-        while self._next < len(self._order):
+        while self._unsent:
             self._send()
 
     def learn(self) -> None:
@@ -81,12 +78,10 @@ class Reductions:
         self._learned = came > 0
 
     def _send_complete(self) -> None:
-        while self._next < len(self._order) and self._order[self._next].complete:
+        while self._unsent and next(iter(self._unsent)).complete:
             self._send()
 
     def _send(self) -> None:
-        unit = self._order[self._next]
-        self._next += 1
-        self._unsent.discard(unit)
+        unit, _ = self._unsent.popitem(last=False)
         self._ready.discard(unit)
         unit.send()

@@ -95,7 +95,6 @@ class ShardedOptimizer(OptimizerWrapper):
             for gradients in unit.gradients
             for index, (_, param) in enumerate(gradients.flat.named)
         }
-        self._unit_of = [unit for unit in self.units for _ in unit.gradients]
         self._updater = Updater(self.units, optimizer, self.groups, context)
         self._saved = SavedState(self.units, optimizer, context)
         for param in self._gradients_of:
@@ -259,17 +258,16 @@ class ShardedOptimizer(OptimizerWrapper):
         flags = [float(used) for part in gradients for used in part.used]
         flags += [float(part.waiting) for part in gradients]
         flags += [float(part.sent_early) for part in gradients]
-        agreed = self._agree(flags)
-        late, early = (agreed[len(agreed) - back * len(gradients) :][: len(gradients)] for back in (2, 1))
-        for part, flag in zip(gradients, late, strict=True):
-            if flag:
-                part.send()
-        if self._flow is not None:
-            for unit in {unit for unit, flag in zip(self._unit_of, early, strict=True) if flag}:
-                self._flow.delay(unit)
-        used = iter(agreed)
+        agreed = iter(self._agree(flags))
         for part in gradients:
-            part.anywhere = [next(used) > 0 for _ in part.used]
+            part.anywhere = [next(agreed) > 0 for _ in part.used]
+        for part in gradients:
+            if next(agreed):
+                part.send()
+        for unit in self.units:
+            early = [next(agreed) for _ in unit.gradients]
+            if any(early) and self._flow is not None:
+                self._flow.delay(unit)
         # Settled in one order on all ranks: a reduction in several hops needs the others for each.
         for part in gradients:
             part.settle()
