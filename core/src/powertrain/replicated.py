@@ -20,7 +20,7 @@ from powertrain.names import named_parameters
 from powertrain.pieces import FlatViews
 from powertrain.precision import Recipe
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
-from powertrain.roles.optimizer import OptimizerWrapper, Update, steps_on_host
+from powertrain.roles.optimizer import OptimizerWrapper, Update, device_of_state
 
 
 class ReplicatedOptimizer(OptimizerWrapper):
@@ -54,9 +54,9 @@ class ReplicatedOptimizer(OptimizerWrapper):
         for group in optimizer.param_groups:
             for param in group["params"]:  # what the optimizer knows already goes on from there
                 if state := optimizer.state.pop(param, None):
-                    master, on_host = self._masters.get(param, param), steps_on_host(group)
+                    master = self._masters.get(param, param)
                     optimizer.state[master] = {
-                        key: _beside(master, key, value, recipe.state, on_host=on_host) for key, value in state.items()
+                        key: _beside(master, key, value, recipe.state, group) for key, value in state.items()
                     }
             group["params"] = [self._masters.get(param, param) for param in group["params"]]
         # Alone, and with nothing to convert, autograd's own accumulation is the best there is.
@@ -172,8 +172,8 @@ class ReplicatedOptimizer(OptimizerWrapper):
                 continue
             master = by_name[name]
             group = group_of.get(master, {})
-            on_host = key == "step" and steps_on_host(group)
-            value = torch.empty(info.shape, dtype=info.dtype, device="cpu" if on_host else master.device)
+            device = device_of_state(key, group, master.device)
+            value = torch.empty(info.shape, dtype=info.dtype, device=device)
             state.setdefault(name, {})[key] = value
             live.append((full_name, value))
         fill(reader, live)
@@ -220,14 +220,12 @@ class ReplicatedOptimizer(OptimizerWrapper):
             self._buckets.close()
 
 
-def _beside(master: torch.Tensor, key: str, value: Any, dtype: torch.dtype, *, on_host: bool) -> Any:
+def _beside(master: torch.Tensor, key: str, value: Any, dtype: torch.dtype, group: dict[str, Any]) -> Any:
     """Return an entry of a parameter's optimizer state where its master is, and in the format that goes with it."""
     if not isinstance(value, torch.Tensor) or value.is_meta:
         return value
-    if key == "step":
-        return value.to("cpu" if on_host else master.device)
-    with_elements = value.shape == master.shape and value.is_floating_point()
-    return value.to(master.device, dtype if with_elements else value.dtype)
+    with_elements = key != "step" and value.shape == master.shape and value.is_floating_point()
+    return value.to(device_of_state(key, group, master.device), dtype if with_elements else value.dtype)
 
 
 def _check(recipe: Recipe) -> None:

@@ -32,9 +32,16 @@ def granularity_of(optimizer: torch.optim.Optimizer) -> Granularity:
     return "element" if type(optimizer) in {getattr(torch.optim, name) for name in _ELEMENTWISE} else "matrix"
 
 
-def steps_on_host(group: Mapping[str, Any]) -> bool:
-    """Return whether torch keeps the step counts of a parameter group on the host: unless the update reads them."""
-    return not (group.get("capturable") or group.get("fused"))
+def device_of_state(key: str, group: Mapping[str, Any], device: torch.device) -> torch.device:
+    """Return where torch keeps an entry of optimizer state: step counts on the host, unless the update reads them.
+
+    Args:
+        key: of the entry.
+        group: the parameter's group.
+        device: the parameter's.
+    """
+    on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
+    return torch.device("cpu") if on_host else device
 
 
 class OptimizerFactory(Protocol):

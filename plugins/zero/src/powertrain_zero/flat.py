@@ -9,7 +9,7 @@ of the rank's slice, one for each parameter that the slice touches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -19,6 +19,7 @@ from powertrain.birth import Birth, settle
 from powertrain.layout import FlatEntry, FlatLayout
 from powertrain.roles.checkpoint import TensorSlice
 from powertrain.roles.communicator import Communicator
+from powertrain.roles.optimizer import device_of_state
 from powertrain_zero.arena import Arena
 from powertrain_zero.freed import mark_closed, mark_freed, mark_whole
 from powertrain_zero.groups import Groups
@@ -56,20 +57,19 @@ class Segment:
         """Return whether an entry of optimizer state goes with the parameter's elements: not a step count."""
         return tuple(shape) == self.shape and key != "step"
 
-    def share(self, key: str, value: Any, dtype: torch.dtype, *, on_host: bool) -> Any:
-        """Return this segment's part of a whole parameter's optimizer state, a copy on the master's device.
+    def share(self, key: str, value: Any, dtype: torch.dtype, group: Mapping[str, Any]) -> Any:
+        """Return this segment's part of a whole parameter's optimizer state, a copy where the master's rests.
 
         Args:
             key: of the entry.
             value: a tensor of the parameter's shape, another tensor, or anything else, which stays as it is.
             dtype: of the result, where it goes with the elements and is floating-point.
-            on_host: whether step counts rest on the host.
+            group: the parameter's group.
         """
         if not isinstance(value, torch.Tensor) or value.is_meta:
             return value
         if not self.is_cut(key, value.shape):
-            device = torch.device("cpu") if key == "step" and on_host else self.master.device
-            return value.detach().to(device, copy=True)
+            return value.detach().to(device_of_state(key, group, self.master.device), copy=True)
         part = value.detach().reshape(-1)[self.start : self.start + self.master.numel()].view(self.master.shape)
         return part.to(self.master.device, dtype if part.is_floating_point() else part.dtype, copy=True)
 

@@ -9,7 +9,7 @@ import torch
 
 from powertrain.context import Context
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
-from powertrain.roles.optimizer import granularity_of, steps_on_host
+from powertrain.roles.optimizer import device_of_state, granularity_of
 from powertrain_zero.flat import Segment
 from powertrain_zero.unit import Unit
 
@@ -107,5 +107,4 @@ class SavedState:
             # Another run may have kept it in another format.
             kind = dtype if self._state_dtype is None or not dtype.is_floating_point else self._state_dtype
             return torch.empty(master.shape, dtype=kind, device=master.device)
-        on_host = key == "step" and steps_on_host(group)
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu" if on_host else master.device)
+        return torch.empty(tuple(shape), dtype=dtype, device=device_of_state(key, group, master.device))

@@ -11,7 +11,7 @@ from powertrain.compat import has_step_hooks
 from powertrain.context import Context
 from powertrain.errors import PrecisionError, ShardingError
 from powertrain.roles.communicator import Done, Handle
-from powertrain.roles.optimizer import Update, granularity_of, steps_on_host
+from powertrain.roles.optimizer import Update, granularity_of
 from powertrain_zero.flat import Segment
 from powertrain_zero.gradients import FlatGradients
 from powertrain_zero.groups import Groups
@@ -47,7 +47,7 @@ class Updater:
                 for segment in flat.segments:
                     segments[flat.named[segment.index][1]].append(segment)
                     unit_of[segment.master] = unit
-        on_host = {param: steps_on_host(group) for group in optimizer.param_groups for param in group["params"]}
+        group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
         for group in optimizer.param_groups:
             group["params"] = [segment.master for param in group["params"] for segment in segments[param]]
         # What the optimizer knows already (it was loaded, or fills its state when it is made) goes on from there.
@@ -55,7 +55,7 @@ class Updater:
             if state := optimizer.state.pop(param, None):
                 for segment in parts:
                     optimizer.state[segment.master] = {
-                        key: segment.share(key, value, self._state_dtype, on_host=on_host.get(param, True))
+                        key: segment.share(key, value, self._state_dtype, group_of.get(param, {}))
                         for key, value in state.items()
                     }
         self._lengths = [len(group["params"]) for group in optimizer.param_groups]
@@ -66,7 +66,7 @@ class Updater:
         # One call a unit lets parameters travel while the next unit is updated; it is legal where
         # the update of one element depends on no other. Others than torch's own may count their calls.
         elementwise = granularity_of(optimizer) == "element"
-        countless = type(optimizer).__module__.startswith("torch.optim.")
+        of_torch = type(optimizer).__module__.startswith("torch.optim.")
         travels = groups.shards > 1 and any(unit.resident for unit in units)
         self._converts = self._state_dtype != self._master_dtype
         if self._converts and not elementwise:
@@ -76,7 +76,7 @@ class Updater:
                 expected="an optimizer that updates element by element, such as adamw",
                 remedy="leave the key out",
             )
-        self._by_unit = elementwise and countless and (travels or self._converts)
+        self._by_unit = elementwise and of_torch and (travels or self._converts)
 
     def step(
         self,
