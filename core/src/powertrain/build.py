@@ -15,7 +15,7 @@ from powertrain import access, optimizers, random_state, saved, schedule
 from powertrain import config as configuration
 from powertrain.accumulation import Accumulation
 from powertrain.call import ModelCall
-from powertrain.config import BatchSizes, Config
+from powertrain.config import Config
 from powertrain.context import Context
 from powertrain.discovery import allowed, hooks_of, installed, schemas_for
 from powertrain.engine import Engine
@@ -87,7 +87,7 @@ def initialize(
         PowertrainError: a plugin, device or peer that the configuration needs is not there.
     """
     _check_free(model)
-    check_dataset(dataset)
+    _check_dataset(dataset)
     rank = Rank.from_environment()
     document = configuration.read(config, overrides=overrides)
     schemas = schemas_for(document, plugins)
@@ -112,90 +112,92 @@ def initialize(
     settings = configuration.derive(settings, mesh.size("data"))
     communicator = connect(hooks, settings, accelerator, device, mesh, rank)
     try:
-        return _build(
-            model, settings, batch, hooks, accelerator, device, mesh, communicator, rank,
-            dataset=dataset, loss_fn=loss_fn, optimizer=optimizer, collate_fn=collate_fn, scheduler=scheduler,
-            weights=weights,
-        )  # fmt: skip
+        agree_on_config(settings, communicator)
+        context = Context(
+            config=settings,
+            rank=rank,
+            mesh=mesh,
+            accelerator=accelerator,
+            device=device,
+            communicator=communicator,
+            batch=batch,
+            recipe=Recipe.build(settings.precision, accelerator),
+            hooks=hooks,
+        )
+        if settings.checkpoint.every is not None:
+            saved.open_store(context, saved.checkpoint_uri(settings, None)).close()  # refused now, not hours later
+        model = _prepare(model, context, weights)
+        wrapper = _wrap(model, optimizer, context)
+        try:
+            return _start(model, wrapper, context, dataset, loss_fn, collate_fn, scheduler)
+        except BaseException:
+            access.release(model, wrapper)
+            wrapper.close()  # its hooks must not meet those of the next try
+            raise
     except BaseException as error:
         communicator.report(error)
         communicator.close()
         raise
 
 
-def _build(
-    model: torch.nn.Module,
-    settings: Config,
-    batch: BatchSizes,
-    hooks: Registry,
-    accelerator: Accelerator,
-    device: torch.device,
-    mesh: Mesh,
-    communicator: Communicator,
-    rank: Rank,
-    *,
-    dataset: Any,
-    loss_fn: Callable[..., Any] | None,
-    optimizer: OptimizerLike | None,
-    collate_fn: Callable[..., Any] | None,
-    scheduler: Any,
-    weights: str | os.PathLike[str] | None,
-) -> Engine:
-    """Put the parts together once the ranks are connected."""
-    agree_on_config(settings, communicator)
-    context = Context(
-        config=settings,
-        rank=rank,
-        mesh=mesh,
-        accelerator=accelerator,
-        device=device,
-        communicator=communicator,
-        batch=batch,
-        recipe=Recipe.build(settings.precision, accelerator),
-        hooks=hooks,
-    )
-    if settings.checkpoint.every is not None:
-        saved.open_store(context, saved.checkpoint_uri(settings, None)).close()  # refused now, not hours later
-    random_state.seed_all(context, settings.run.seed)
+def _prepare(model: torch.nn.Module, context: Context, weights: str | os.PathLike[str] | None) -> torch.nn.Module:
+    """Give the model its first values, the same on all ranks, and return what the plugins make of it."""
+    random_state.seed_all(context, context.config.run.seed)
     if weights is not None:
         found = ModelWeights(model, saved.open_weights(context, weights))
         context.birth.weights = found
         _log.info("weights from %s", found.report)
-    context.birth.check(model, device)
-    context.birth.agree(model, communicator)
-    context.birth.place(model, device)
-    broadcast_from_first(model, communicator)
-    for name in hooks.transforms():
-        transformed = hooks.call(name, "transform_model", model=model, context=context)
+    context.birth.check(model, context.device)
+    context.birth.agree(model, context.communicator)
+    context.birth.place(model, context.device)
+    broadcast_from_first(model, context.communicator)
+    for name in context.hooks.transforms():
+        transformed = context.hooks.call(name, "transform_model", model=model, context=context)
         model = model if transformed is None else transformed
     prepare_formats(model, context.recipe)
-    inner = make_optimizer(model, optimizer, settings, hooks)
-    wrapper: OptimizerWrapper | None = hooks.one("wrap_optimizer", model=model, optimizer=inner, context=context)
-    wrapper = wrapper or ReplicatedOptimizer(model, inner, context)
-    try:
-        context.birth.finish(model, wrapper.optimizer, device)
-        access.adopt(model, wrapper, communicator)
-        engine = Engine(
-            module=model,
-            context=context,
-            call=ModelCall(model, loss_fn),
-            optimizer=wrapper,
-            schedule=make_schedule(wrapper.optimizer, scheduler, settings),
-            loss_scale=LossScale.build(settings.precision),
-            loader=make_loader(dataset, collate_fn, context),
-        )
-        strict = settings.is_stated("batch.micro") or settings.is_stated("batch.total")
-        engine.attach(hooks.one("make_runner", engine=engine) or Accumulation(engine, strict_micro=strict))
-        _log.info(
-            "%d rank(s) on %s; batch %d = micro %d x accumulation %d x %d; precision: %s",
-            mesh.world_size, device, batch.total, batch.micro, batch.accumulation, mesh.size("data"), context.recipe,
-        )  # fmt: skip
-        for listener in hooks.listeners("on_engine_ready"):
-            listener(engine=engine)
-    except BaseException:
-        access.release(model, wrapper)
-        wrapper.close()  # its hooks must not meet those of the next try
-        raise
+    return model
+
+
+def _wrap(model: torch.nn.Module, optimizer: OptimizerLike | None, context: Context) -> OptimizerWrapper:
+    """Make the optimizer, and what brings gradients to it."""
+    inner = make_optimizer(model, optimizer, context.config, context.hooks)
+    wrapper: OptimizerWrapper | None = context.hooks.one(
+        "wrap_optimizer", model=model, optimizer=inner, context=context
+    )
+    return wrapper or ReplicatedOptimizer(model, inner, context)
+
+
+def _start(
+    model: torch.nn.Module,
+    wrapper: OptimizerWrapper,
+    context: Context,
+    dataset: Any,
+    loss_fn: Callable[..., Any] | None,
+    collate_fn: Callable[..., Any] | None,
+    scheduler: Any,
+) -> Engine:
+    """Put the engine together, and tell the plugins that it is there."""
+    settings, batch, mesh = context.config, context.batch, context.mesh
+    context.birth.finish(model, wrapper.optimizer, context.device)
+    access.adopt(model, wrapper, context.communicator)
+    engine = Engine(
+        module=model,
+        context=context,
+        call=ModelCall(model, loss_fn),
+        optimizer=wrapper,
+        schedule=make_schedule(wrapper.optimizer, scheduler, settings),
+        loss_scale=LossScale.build(settings.precision),
+        loader=make_loader(dataset, collate_fn, context),
+    )
+    strict = settings.is_stated("batch.micro") or settings.is_stated("batch.total")
+    engine.attach(context.hooks.one("make_runner", engine=engine) or Accumulation(engine, strict_micro=strict))
+    _log.info(
+        "%d rank(s) on %s; batch %d = micro %d x accumulation %d x %d; precision: %s",
+        mesh.world_size, context.device, batch.total, batch.micro, batch.accumulation, mesh.size("data"),
+        context.recipe,
+    )  # fmt: skip
+    for listener in context.hooks.listeners("on_engine_ready"):
+        listener(engine=engine)
     return engine
 
 
@@ -348,12 +350,9 @@ def make_optimizer(
     Raises:
         OptimizerError: no plugin makes it, or it is no optimizer.
     """
-    if isinstance(given, torch.optim.Optimizer):
-        _check_members(model, given)
-        return given
     trainable = [param for param in model.parameters() if param.requires_grad]
     if given is not None:
-        made = given(trainable)
+        made = given if isinstance(given, torch.optim.Optimizer) else given(trainable)
         if not isinstance(made, torch.optim.Optimizer):
             raise OptimizerError(
                 "optimizer= made no optimizer", expected="a torch.optim.Optimizer", found=type(made).__name__
@@ -402,7 +401,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, given: Any, settings: Config
     return schedule.build(table.name, table.options, optimizer)
 
 
-def check_dataset(dataset: Any) -> None:
+def _check_dataset(dataset: Any) -> None:
     """Refuse what no sampler can serve, before anything is built.
 
     Raises:
