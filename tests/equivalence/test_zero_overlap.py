@@ -13,31 +13,53 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import powertrain
+
+
+class Sent:
+    """Counts the reductions of an engine.
+
+    Attributes:
+        count: those that have started since it was last set to zero.
+    """
+
+    def __init__(self, engine: powertrain.Engine) -> None:
+        self.count = 0
+        communicator: Any = engine.context.communicator
+        self._plainly = communicator.reduce_scatter
+        communicator.reduce_scatter = self._counted
+
+    def _counted(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self._plainly(*args, **kwargs)
+
+
+def by_hand(model: nn.Module, steps: list[list[Any]], lr: float) -> dict[str, torch.Tensor]:
+    """Train with nothing but PyTorch on what each rank sees in each step; return the parameters."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for batches in steps:
+        optimizer.zero_grad()
+        for batch in batches:
+            (model(*batch) / len(batches)).backward()
+        optimizer.step()
+    return {name: param.detach() for name, param in model.named_parameters()}
+
 
 def sent_before_the_last_gradient(stage: int, orders: list[range]) -> list[int]:
     """Count the reductions that started before the first layer's gradient, in a step for each order of blocks."""
     with company.start(company.make_stack, company.config(stage), nn.functional.cross_entropy) as engine:
-        communicator: Any = engine.context.communicator
-        started = 0
-        plainly = communicator.reduce_scatter
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal started
-            started += 1
-            return plainly(*args, **kwargs)
-
-        communicator.reduce_scatter = counted
+        sent = Sent(engine)
         counts: list[int] = []
 
         def arrived(param: Any) -> None:
-            counts.append(started)
+            counts.append(sent.count)
 
         model: Any = engine.module
         model.first.weight.register_post_accumulate_grad_hook(arrived)
         for order in orders:
-            started = 0
+            sent.count = 0
             engine.train_step(iter(company.mine(engine, company.stack_micros([order] * 2))))
-        assert started > 4, "there is more to send than is counted"
+        assert sent.count > 4, "there is more to send than is counted"
         return counts
 
 
@@ -97,27 +119,19 @@ def held_back(stage: int, skipped: list[int]) -> tuple[Any, list[tuple[int, int]
     config = {"zero": {"stage": stage, "bucket": 260}, "optimizer": {"name": "sgd", "lr": 0.5}}
     counts = []
     with company.start(Layers, config) as engine:
-        communicator: Any = engine.context.communicator
-        started = 0
+        sent = Sent(engine)
         before = 0
-        plainly = communicator.reduce_scatter
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal started
-            started += 1
-            return plainly(*args, **kwargs)
 
         def arrived(param: Any) -> None:
             nonlocal before
-            before = started
+            before = sent.count
 
-        communicator.reduce_scatter = counted
         model: Any = engine.module
         model.layers[11].weight.register_post_accumulate_grad_hook(arrived)  # it runs first
         for without in skipped:
-            started = 0
+            sent.count = 0
             engine.train_step(layered(engine.data_rank, without))
-            counts.append((before, started))
+            counts.append((before, sent.count))
         return sharded.slices(engine), counts
 
 
@@ -131,15 +145,8 @@ def test_a_layer_without_a_gradient_holds_little_back(stage: int) -> None:
         assert counts[1][0] >= 10
         assert counts[2][0] >= 7, "behind the layer that comes first"
         assert counts[3][0] >= 7
-    model = Layers()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for without in skipped:
-        optimizer.zero_grad()
-        for rank in range(2):
-            (model(*layered(rank, without)) / 2).backward()
-        optimizer.step()
-    mine = sharded.parameters([slices for slices, _ in results])
-    assert plain.difference(mine, {n: p.detach() for n, p in model.named_parameters()}) <= 1e-6
+    theirs = by_hand(Layers(), [[layered(rank, without) for rank in range(2)] for without in skipped], lr=0.5)
+    assert plain.difference(sharded.parameters([slices for slices, _ in results]), theirs) <= 1e-6
 
 
 class Segments(nn.Module):
@@ -168,20 +175,11 @@ def in_segments(reentrant: bool) -> tuple[Any, list[int]]:
     config = {"zero": {"stage": 3}, "optimizer": {"name": "sgd", "lr": 0.1}}
     counts = []
     with company.start(Segments, config, reentrant=reentrant) as engine:
-        communicator: Any = engine.context.communicator
-        started = 0
-        plainly = communicator.reduce_scatter
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal started
-            started += 1
-            return plainly(*args, **kwargs)
-
-        communicator.reduce_scatter = counted
+        sent = Sent(engine)
         for _ in range(3):
-            started = 0
-            engine.train_step((layered(engine.data_rank, 0)[0],))
-            counts.append(started)
+            sent.count = 0
+            engine.train_step(layered(engine.data_rank, 0)[:1])
+            counts.append(sent.count)
         return sharded.slices(engine), counts
 
 
@@ -192,12 +190,5 @@ def test_units_that_are_run_again_together_are_reduced_once(reentrant: bool) -> 
     for _, counts in results:
         assert counts[0] > 12
         assert counts[1:] == [12, 12]
-    model = Segments(reentrant)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        for rank in range(2):
-            (model(layered(rank, 0)[0]) / 2).backward()
-        optimizer.step()
-    mine = sharded.parameters([slices for slices, _ in results])
-    assert plain.difference(mine, {n: p.detach() for n, p in model.named_parameters()}) <= 1e-6
+    theirs = by_hand(Segments(reentrant), [[layered(rank, 0)[:1] for rank in range(2)]] * 3, lr=0.1)
+    assert plain.difference(sharded.parameters([slices for slices, _ in results]), theirs) <= 1e-6
