@@ -42,8 +42,10 @@ def read(paths: Sequence[Path]) -> list[Run]:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table; rows without any number are left out."""
-    lines = [head, ["---"] * len(head), *(row for row in rows if any(cell != "-" for cell in row[1:]))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("| --- | ---", "|---|---")
+    lines = [
+        f"| {' | '.join(line)} |" for line in (head, *(row for row in rows if any(cell != "-" for cell in row[1:])))
+    ]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def contenders(title: str, columns: dict[Setting, dict[str, Row]], value: Callable[[Row], float], form: str) -> str:
