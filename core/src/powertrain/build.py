@@ -160,7 +160,7 @@ def _prepare(model: torch.nn.Module, context: Context, weights: str | os.PathLik
 
 def _wrap(model: torch.nn.Module, optimizer: OptimizerLike | None, context: Context) -> OptimizerWrapper:
     """Make the optimizer, and what brings gradients to it."""
-    inner = make_optimizer(model, optimizer, context.config, context.hooks)
+    inner = make_optimizer(model, optimizer, context)
     wrapper: OptimizerWrapper | None = context.hooks.one(
         "wrap_optimizer", model=model, optimizer=inner, context=context
     )
@@ -342,9 +342,7 @@ def agree_on_config(settings: Config, communicator: Communicator) -> None:
     )
 
 
-def make_optimizer(
-    model: torch.nn.Module, given: OptimizerLike | None, settings: Config, hooks: Registry
-) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, given: OptimizerLike | None, context: Context) -> torch.optim.Optimizer:
     """Return the caller's optimizer, or the one that ``[optimizer]`` names.
 
     Raises:
@@ -359,8 +357,10 @@ def make_optimizer(
             )
         _check_members(model, made)
         return made
-    table = settings.optimizer
-    factory = hooks.one("make_optimizer", name=table.name, options=dict(table.options))
+    table = context.config.optimizer
+    factory = context.hooks.one(
+        "make_optimizer", name=table.name, options=dict(table.options), accelerator=context.accelerator
+    )
     factory = factory or optimizers.torch_factory(table.name, table.options)
     if factory is None:
         raise OptimizerError(f"no plugin makes the optimizer {table.name!r}", where="optimizer.name")

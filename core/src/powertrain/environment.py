@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import attrs
 
@@ -266,3 +267,33 @@ def variables(*prefixes: str, environ: Mapping[str, str] | None = None) -> dict[
     """Return the environment variables whose names start with one of ``prefixes``, sorted."""
     env = os.environ if environ is None else environ
     return {name: env[name] for name in sorted(env) if name.startswith(prefixes)}
+
+
+def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where what can be made again is kept: ``POWERTRAIN_CACHE``, or the user's cache directory."""
+    if (chosen := setting("POWERTRAIN_CACHE", environ)) is not None:
+        return Path(chosen).expanduser()
+    shared = setting("XDG_CACHE_HOME", environ)
+    return (Path(shared) if shared else Path.home() / ".cache") / "powertrain"
+
+
+def build_limit(environ: Mapping[str, str] | None = None) -> float:
+    """Return the seconds that a build of C++, or waiting for one, may take: ``POWERTRAIN_BUILD_TIMEOUT``, or 300.
+
+    Raises:
+        LaunchError: it is no positive number.
+    """
+    text = setting("POWERTRAIN_BUILD_TIMEOUT", environ)
+    try:
+        seconds = 300.0 if text is None else float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise LaunchError(
+            "the variable POWERTRAIN_BUILD_TIMEOUT is no time",
+            where="POWERTRAIN_BUILD_TIMEOUT",
+            expected="seconds, above 0",
+            found=repr(text),
+            remedy="set it to a number of seconds, or unset it",
+        )
+    return seconds

@@ -26,14 +26,17 @@
     │   ├── CollectiveStalled       PT502  a collective did not finish in time
     │   ├── CollectiveDiverged      PT503  ranks issued different collectives
     │   └── PeerFailed              PT504  another rank raised or died
-    └── CheckpointError             PT600
-        ├── CheckpointMissing       PT601  no such directory or tag
-        ├── ManifestMissing         PT602  the save never finished, or it is no checkpoint
-        ├── ShardMissing            PT603  a file the manifest lists is not there
-        ├── ShardTruncated          PT604  a file is shorter than the manifest says
-        ├── ShardCorrupt            PT605  a file's bytes do not match their checksum
-        ├── CheckpointMismatch      PT606  made from another model
-        └── CheckpointWriteFailed   PT607  a save did not reach the disk
+    ├── CheckpointError             PT600
+    │   ├── CheckpointMissing       PT601  no such directory or tag
+    │   ├── ManifestMissing         PT602  the save never finished, or it is no checkpoint
+    │   ├── ShardMissing            PT603  a file the manifest lists is not there
+    │   ├── ShardTruncated          PT604  a file is shorter than the manifest says
+    │   ├── ShardCorrupt            PT605  a file's bytes do not match their checksum
+    │   ├── CheckpointMismatch      PT606  made from another model
+    │   └── CheckpointWriteFailed   PT607  a save did not reach the disk
+    └── NativeError                 PT700
+        ├── CompilerMissing         PT701  nothing can build C++ here
+        └── BuildFailed             PT702  C++ that did not compile, load, or come in time
 
 A user's mistake exits a command with 2, a failure of the run with 1.
 """
@@ -342,3 +345,26 @@ class CheckpointWriteFailed(CheckpointError):
 
     code = "PT607"
     advice = "free space or choose another directory; the last complete checkpoint still loads"
+
+
+class NativeError(PowertrainError):
+    """C++ that this machine should run could not be had."""
+
+    code = "PT700"
+    advice = "`powertrain kernels list` shows what is built"
+
+
+class CompilerMissing(NativeError):
+    """Nothing can build C++ here."""
+
+    code = "PT701"
+    advice = "install a C++ compiler (Debian and Ubuntu: g++; Fedora: gcc-c++), or set CXX"
+
+
+class BuildFailed(NativeError):
+    """C++ did not compile, did not load, or was not built in time."""
+
+    code = "PT702"
+    advice = (
+        "`powertrain kernels build` shows the whole message; the PyTorch reference gives the same answers meanwhile"
+    )

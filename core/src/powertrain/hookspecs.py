@@ -58,8 +58,11 @@ def make_communicator(
 
 
 @hookspec
-def make_optimizer(name: str, options: dict[str, Any]) -> OptimizerFactory | None:
-    """Return a factory of the optimizer called ``name``; the core knows torch's own."""
+def make_optimizer(name: str, options: dict[str, Any], accelerator: Accelerator) -> OptimizerFactory | None:
+    """Return a factory of the optimizer called ``name``; the core knows torch's own.
+
+    ``powertrain.kernels.kernel`` finds the kernels of ``accelerator``.
+    """
 
 
 @hookspec

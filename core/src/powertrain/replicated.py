@@ -6,7 +6,7 @@ backward, and every rank computes the same update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 
 from powertrain.access import keeping_writes
 from powertrain.buckets import GradientBuckets
+from powertrain.compat import has_step_hooks
 from powertrain.context import Context
 from powertrain.errors import PrecisionError
 from powertrain.names import named_parameters
 from powertrain.pieces import FlatViews
 from powertrain.precision import Recipe
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
-from powertrain.roles.optimizer import OptimizerWrapper, Update, device_of_state
+from powertrain.roles.optimizer import FlatOptimizer, OptimizerWrapper, Request, Update, clip_factor, device_of_state
 
 
 class ReplicatedOptimizer(OptimizerWrapper):
@@ -65,6 +66,7 @@ class ReplicatedOptimizer(OptimizerWrapper):
             backward_order = list(reversed(self._named))
             self._buckets = GradientBuckets(backward_order, context.communicator, recipe.reduce)
         self._first = True
+        self._scale: float | torch.Tensor = 1.0  # what the gradients are still to be multiplied by, to be as used
         self._communicator = context.communicator
         self._views = FlatViews()
         self._written: set[torch.nn.Parameter] = set()  # by a block that is not over
@@ -94,22 +96,51 @@ class ReplicatedOptimizer(OptimizerWrapper):
         self._views.put_back()
         self._deliver()
         masters = [master for master in self._masters.values() if master.grad is not None]
-        grads = [master.grad for master in masters if master.grad is not None]
         self._first = True
-        if grad_scale != 1.0:
-            for grad in grads:
-                grad.mul_(1.0 / grad_scale)
+        flat = self.optimizer if isinstance(self.optimizer, FlatOptimizer) else None
+        self._scale = 1.0 / grad_scale
+        if flat is None:
+            self._show()
+        factor = self._scale  # that the norm is still to be multiplied by
         norm: torch.Tensor | None = None
         if clip is not None or check_overflow:
-            norm = _norm(masters)
+            norm = _norm(masters) * factor
         if check_overflow and norm is not None and not bool(norm.isfinite()):
             return Update(applied=False, grad_norm=lambda: norm)
         if clip is not None and norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
-        self.optimizer.step()
-        self._publish()
+            if flat is None:
+                torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
+            else:
+                self._scale = clip_factor(norm, clip) * factor
+        if flat is None:
+            self.optimizer.step()
+            self._publish()
+        else:
+            self._run(flat)
         # Holding the gradients here would keep them alive beside those of the next step.
-        return Update(applied=True, grad_norm=lambda: _norm(masters) if norm is None else norm)
+        return Update(applied=True, grad_norm=lambda: _norm(masters) * self._scale if norm is None else norm)
+
+    def _run(self, optimizer: FlatOptimizer) -> None:
+        """Let a flat optimizer scale, update and publish in one pass."""
+        if has_step_hooks(optimizer):
+            self._show()  # who listens sees what the update uses
+        outs = {
+            master: param
+            for param, master in self._masters.items()
+            if master is not param and param.is_contiguous() and param not in self._written
+        }
+        with optimizer.asked(Request(scale=self._scale, outs=outs)):
+            optimizer.step()
+        self._publish(besides=outs)
+
+    @torch.no_grad()
+    def _show(self) -> None:
+        """Multiply the gradients by what the update does: from then on they are what it used."""
+        if isinstance(self._scale, torch.Tensor) or self._scale != 1.0:
+            for master in self._masters.values():
+                if master.grad is not None:
+                    master.grad.mul_(self._scale)
+        self._scale = 1.0
 
     def _deliver(self) -> None:
         """Put the averaged gradients where the optimizer looks for them."""
@@ -119,10 +150,10 @@ class ReplicatedOptimizer(OptimizerWrapper):
             master.grad = grad if grad is None or grad.dtype == master.dtype else grad.to(master.dtype)
 
     @torch.no_grad()
-    def _publish(self) -> None:
-        """Copy the masters into the model where they are not the same tensors."""
+    def _publish(self, besides: Container[torch.nn.Parameter] = ()) -> None:
+        """Copy the masters into the model where they are not the same tensors, those of ``besides`` excepted."""
         for param, master in self._masters.items():
-            if param is not master and param not in self._written:
+            if param is not master and master not in besides and param not in self._written:
                 param.copy_(master)
 
     def discard(self) -> None:
@@ -190,6 +221,7 @@ class ReplicatedOptimizer(OptimizerWrapper):
         master = self._masters.get(param, param)
         result = {"value": self._views.lend(name, master)}
         if self._first and master.grad is not None:
+            self._show()
             result["grad"] = self._views.lend(name, master.grad)
         for key, value in self.optimizer.state.get(master, {}).items():
             if isinstance(value, torch.Tensor):

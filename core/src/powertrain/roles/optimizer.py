@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
@@ -55,6 +55,97 @@ class OptimizerFactory(Protocol):
 
     def __call__(self, params: Iterable[Any]) -> torch.optim.Optimizer:
         """Return the optimizer of ``params`` (tensors or group dictionaries)."""
+
+
+def _as_it_is(sums: torch.Tensor, params: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    return sums
+
+
+@attrs.frozen(eq=False)
+class Request:
+    """What a ``FlatOptimizer`` does beside its update, in the same pass over memory.
+
+    Attributes:
+        scale: multiplies every gradient before anything else: a number, or a 0-d tensor on the device.
+        outs: tensors that receive a parameter's new values as well, in a format of their own.
+        grads: gradients that are not the parameter's ``.grad``: those of another format than its.
+        total: adds up figures of tensors over the ranks that hold pieces of them. Called with a tensor
+            (parameters, …) and the parameters, it returns the sums, one row for each of them again.
+    """
+
+    scale: float | torch.Tensor = 1.0
+    outs: Mapping[torch.nn.Parameter, torch.Tensor] = attrs.field(factory=dict)
+    grads: Mapping[torch.nn.Parameter, torch.Tensor] = attrs.field(factory=dict)
+    total: Callable[[torch.Tensor, Sequence[torch.nn.Parameter]], torch.Tensor] = _as_it_is
+
+
+class FlatOptimizer(torch.optim.Optimizer, ABC):
+    """An optimizer that scales, updates and casts in one pass: what ``make_optimizer`` should return.
+
+    It works under any training loop, as every optimizer of torch. A wrapper that shards its parameters or
+    keeps them in two formats says so by ``asked``, around ``step``.
+
+    Attributes:
+        granularity: what its update must see at once. "element": any piece of a parameter will do, each of
+            ``params`` may be one. "tensor": pieces as well; sums over a whole tensor go through
+            ``request.total``. "matrix": parameters come whole.
+        state_dtype: the format of state that goes with the elements; None for the parameter's own.
+        request: what else is asked for in the step under way.
+    """
+
+    granularity: Granularity = "element"
+    state_dtype: torch.dtype | None = None
+    request: Request = Request()
+
+    @contextmanager
+    def asked(self, request: Request) -> Iterator[None]:
+        """Let the steps of a ``with`` block do what ``request`` says."""
+        self.request = request
+        try:
+            yield
+        finally:
+            self.request = Request()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; return what ``closure`` returned, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = self.request.grads
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None or param in grads]
+            # Sums over ranks need every rank, whether it holds a piece or not.
+            if params or self.granularity == "tensor":
+                self.update(group, params)
+        return loss
+
+    def grad_of(self, param: torch.nn.Parameter) -> torch.Tensor:
+        """Return the gradient that ``update`` uses, flat or of the parameter's shape, before it is scaled."""
+        grad = self.request.grads.get(param, param.grad)
+        assert grad is not None
+        return grad
+
+    @abstractmethod
+    def update(self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]) -> None:
+        """Update some parameters of one group, in place, and do what ``request`` asks for.
+
+        Args:
+            group: the numbers of the update (lr, …).
+            params: those that have a gradient: see ``grad_of``.
+        """
+
+
+def takes_pieces(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer updates any piece of a parameter: otherwise parameters must come whole."""
+    granularity = granularity_of(optimizer)
+    return granularity == "element" or (granularity == "tensor" and isinstance(optimizer, FlatOptimizer))
+
+
+def clip_factor(norm: torch.Tensor, clip: float) -> torch.Tensor:
+    """Return by what gradients of a norm are multiplied so that it is ``clip`` at most, as torch computes it."""
+    return (clip / (norm + 1e-6)).clamp(max=1.0)
 
 
 @attrs.frozen

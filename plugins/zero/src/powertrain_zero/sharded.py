@@ -19,7 +19,7 @@ from powertrain.context import Context
 from powertrain.errors import CommunicationError, ShardingError
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.communicator import Handle
-from powertrain.roles.optimizer import OptimizerWrapper, Update, granularity_of
+from powertrain.roles.optimizer import FlatOptimizer, OptimizerWrapper, Update, takes_pieces
 from powertrain_zero.arena import Arena
 from powertrain_zero.config import ZeroConfig
 from powertrain_zero.flat import ALIGN, Flat, flat_layout
@@ -73,7 +73,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self._writing: list[list[torch.nn.Parameter]] = []
         self._flights: deque[FlatGradients] = deque()
         self._pool = BufferPool(self._communicator, self.groups.shard, context.recipe.reduce)
-        self._whole_tensors = granularity_of(optimizer) != "element"
+        self._whole_tensors = not takes_pieces(optimizer)
         self._gather_wire, self._reduce_wire, self._multiple = self._wires(config)
         self._whole_gradients = add_up_whole(self.stage, self.groups.shards, context.batch.accumulation)
         masters = Arena(lambda numel, dtype: torch.zeros(numel, dtype=dtype, device=self._communicator.device))
@@ -195,6 +195,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self._end_round()
         self._flushed = False
         if self._first:
+            self._updater.forget()
             self._check_frozen()
             if self._flow is not None:
                 self._flow.reset()  # forward passes since the last step that nobody went back through
@@ -310,14 +311,18 @@ class ShardedOptimizer(OptimizerWrapper):
                 gradients.learn()
         self._pool.trim()
         self._first = True
-        return self._updater.step(self.publish_unit, grad_scale=grad_scale, clip=clip, check_overflow=check_overflow)
+        flat = isinstance(self.optimizer, FlatOptimizer)  # it casts on its way
+        return self._updater.step(
+            lambda unit: self.publish_unit(unit, cast=flat),
+            grad_scale=grad_scale, clip=clip, check_overflow=check_overflow,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def publish_unit(self, unit: Unit, *, frozen: bool = False) -> Handle | None:
+    def publish_unit(self, unit: Unit, *, frozen: bool = False, cast: bool = False) -> Handle | None:
         """Start bringing new values of the masters into a unit's parameters, where these stay whole."""
         unit.forget_kept()
         if unit.resident:
-            return unit.publish(frozen=frozen)
+            return unit.publish(frozen=frozen, cast=cast)
         unit.refresh()
         return None
 
@@ -358,6 +363,7 @@ class ShardedOptimizer(OptimizerWrapper):
         if gradients is None or not self._flushed or not gradients.anywhere[index]:
             return None
         gradients.settle()
+        self._updater.show()
         return gradients
 
     def gathered(self, params: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:

@@ -159,10 +159,25 @@ class Unit:
         if self._holds and not self.resident:
             self._bring_exact()
 
-    def publish(self, *, frozen: bool = False) -> Handle:
-        """Start bringing the shards' values into parameters that stay whole; frozen ones only if asked."""
+    def casts(self, flat: Flat) -> bool:
+        """Return whether new values travel from their own place in the whole buffer, in its format."""
+        return self._wire.exact and flat.resident and flat.trainable and flat.full.dtype != flat.shard.dtype
+
+    def publish(self, *, frozen: bool = False, cast: bool = False) -> Handle:
+        """Start bringing the shards' values into parameters that stay whole.
+
+        Args:
+            frozen: those of frozen parameters as well.
+            cast: what ``casts`` is in the whole buffers, in their format, already.
+        """
         flats = [flat for flat in self.flats if flat.resident and (flat.trainable or frozen)]
-        return Handles([self._wire.gather(flat.full, flat.shard, f"new {self._label}") for flat in flats])
+        shards = [flat.own(flat.full) if cast and self.casts(flat) else flat.shard for flat in flats]
+        return Handles(
+            [
+                self._wire.gather(flat.full, shard, f"new {self._label}")
+                for flat, shard in zip(flats, shards, strict=True)
+            ]
+        )
 
     def send(self) -> None:
         """Start the reduction of its gradients."""

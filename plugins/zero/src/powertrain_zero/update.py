@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -11,9 +11,8 @@ from powertrain.compat import has_step_hooks
 from powertrain.context import Context
 from powertrain.errors import PrecisionError, ShardingError
 from powertrain.roles.communicator import Done, Handle
-from powertrain.roles.optimizer import Update, granularity_of
+from powertrain.roles.optimizer import FlatOptimizer, Request, Update, clip_factor, granularity_of
 from powertrain_zero.flat import Segment
-from powertrain_zero.gradients import FlatGradients
 from powertrain_zero.groups import Groups
 from powertrain_zero.unit import Unit
 
@@ -33,6 +32,7 @@ class Updater:
         self, units: Sequence[Unit], optimizer: torch.optim.Optimizer, groups: Groups, context: Context
     ) -> None:
         self._units = list(units)
+        self._flat: FlatOptimizer | None = optimizer if isinstance(optimizer, FlatOptimizer) else None
         self._optimizer = optimizer
         self._groups = groups
         self._communicator = context.communicator
@@ -40,13 +40,19 @@ class Updater:
         self._master_dtype = context.recipe.master
         segments: dict[torch.nn.Parameter, list[Segment]] = {}
         unit_of: dict[torch.nn.Parameter, Unit] = {}
+        self._outs: dict[torch.nn.Parameter, torch.Tensor] = {}  # where new values go in the model's format
+        self._numbers: dict[torch.nn.Parameter, int] = {}  # the same for all pieces of a parameter, on all ranks
         for unit in units:
             for flat in unit.flats:
                 for _, param in flat.named:
                     segments[param] = []
                 for segment in flat.segments:
+                    self._numbers[segment.master] = len(segments) - len(flat.named) + segment.index
+                    if unit.casts(flat):
+                        self._outs[segment.master] = segment.of(flat.own(flat.full))
                     segments[flat.named[segment.index][1]].append(segment)
                     unit_of[segment.master] = unit
+        self._parameters = len(segments)
         group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
         for group in optimizer.param_groups:
             group["params"] = [segment.master for param in group["params"] for segment in segments[param]]
@@ -66,9 +72,11 @@ class Updater:
         # One call a unit lets parameters travel while the next unit is updated; it is legal where
         # the update of one element depends on no other. Others than torch's own may count their calls.
         elementwise = granularity_of(optimizer) == "element"
-        of_torch = type(optimizer).__module__.startswith("torch.optim.")
+        of_torch = self._flat is not None or type(optimizer).__module__.startswith("torch.optim.")
         travels = groups.shards > 1 and any(unit.resident for unit in units)
-        self._converts = self._state_dtype != self._master_dtype
+        if self._flat is not None and self._state_dtype != self._master_dtype:
+            self._flat.state_dtype = self._state_dtype
+        self._converts = self._state_dtype != self._master_dtype and self._flat is None
         if self._converts and not elementwise:
             raise PrecisionError(
                 f"the state of {type(optimizer).__name__} cannot rest in another format than the masters",
@@ -77,6 +85,7 @@ class Updater:
                 remedy="leave the key out",
             )
         self._by_unit = elementwise and of_torch and (travels or self._converts)
+        self._scale: float | torch.Tensor = 1.0  # what the update multiplied gradients by, and they were not yet
 
     def step(
         self,
@@ -95,46 +104,101 @@ class Updater:
             check_overflow: skip the update when the norm is not finite.
         """
         self._check_groups()
-        masters = self._deliver()
-        if grad_scale != 1.0:
-            for master in masters:
-                master.grad.mul_(1.0 / grad_scale)  # type: ignore[union-attr]
-        norm, handle = self._norm(masters)
+        grads = self._deliver()
+        inverse = 1.0 / grad_scale
+        if self._flat is None and grad_scale != 1.0:
+            for grad in grads.values():
+                grad.mul_(inverse)
+        norm, handle = self._norm(list(grads.values()))
+        unscaled = inverse if self._flat is not None else 1.0
 
         def grad_norm() -> torch.Tensor:
             handle.wait()
-            return norm.sqrt() if self._groups.shards > 1 else norm
+            root = norm.sqrt() if self._groups.shards > 1 else norm
+            return root * unscaled if unscaled != 1.0 else root
 
+        self._scale = unscaled
         if check_overflow and not bool(grad_norm().isfinite()):
             self._put_back()
             return Update(applied=False, grad_norm=grad_norm)
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(masters, clip, grad_norm())
-        handles: list[Handle | None] = []
-        by_unit = self._by_unit and not has_step_hooks(self._optimizer)  # who listens hears of one step
-        if not by_unit:
-            with self._converted([group["params"] for group in self._optimizer.param_groups]):
-                self._optimizer.step()
-        for unit in self._units:
-            if by_unit:
-                with self._only(unit):
-                    self._optimizer.step()
-            handles.append(publish(unit))
-        for published in [handle, *handles]:
-            if published is not None:
-                published.wait()
+        if clip is not None and self._flat is not None:
+            self._scale = clip_factor(grad_norm(), clip) * unscaled
+        elif clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(grads), clip, grad_norm())
+        self._run(publish, grads, [handle])
         self._put_back()
         return Update(applied=True, grad_norm=grad_norm)
 
-    def _deliver(self) -> list[torch.nn.Parameter]:
-        """Put the mean gradients where the optimizer looks for them; return the masters that have one."""
-        masters = []
+    def _run(
+        self,
+        publish: Callable[[Unit], Handle | None],
+        grads: Mapping[torch.nn.Parameter, torch.Tensor],
+        handles: list[Handle | None],
+    ) -> None:
+        """Let the optimizer update everything, and publish; at the end wait for that, and for ``handles``."""
+        listened = has_step_hooks(self._optimizer)  # who listens hears of one step, and sees what it uses
+        if listened:
+            self.show()
+        by_unit = self._by_unit and not listened
+        with self._asked(grads):
+            if not by_unit:
+                with self._converted([group["params"] for group in self._optimizer.param_groups]):
+                    self._optimizer.step()
+            for unit in self._units:
+                if by_unit:
+                    with self._only(unit):
+                        self._optimizer.step()
+                handles.append(publish(unit))
+        for published in handles:
+            if published is not None:
+                published.wait()
+
+    def _asked(self, grads: Mapping[torch.nn.Parameter, torch.Tensor]) -> AbstractContextManager[None]:
+        """Ask a flat optimizer to scale, and to cast into the whole buffers that stay, on its way."""
+        if self._flat is None:
+            return nullcontext()
+        others = {master: grad for master, grad in grads.items() if master.grad is not grad}
+        return self._flat.asked(Request(scale=self._scale, outs=self._outs, grads=others, total=self._total))
+
+    def _total(self, sums: torch.Tensor, params: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+        """Add up figures of parameters over the ranks that hold pieces of them."""
+        if self._groups.shards == 1:
+            return sums
+        rows = torch.tensor([self._numbers[param] for param in params], dtype=torch.int64)
+        everything = torch.zeros(self._parameters, *sums.shape[1:], device=self._communicator.device)
+        everything[rows] = sums.to(everything)
+        self._communicator.all_reduce(everything, self._groups.shard, label="sums over tensors").wait()
+        return everything[rows].to(sums)
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Multiply the gradients by what the update did: from then on they are what it used."""
+        if not isinstance(self._scale, torch.Tensor) and self._scale == 1.0:
+            return
+        for part in (part for unit in self._units for part in unit.gradients):
+            part.shard.mul_(self._scale)
+        self._scale = 1.0
+
+    def forget(self) -> None:
+        """Take note that the gradients of the last step are gone."""
+        self._scale = 1.0
+
+    def _deliver(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Put the mean gradients where the optimizer looks for them; return them, by the masters that have one."""
+        result = {}
         for part in (part for unit in self._units for part in unit.gradients):
             for segment in part.flat.segments:
-                segment.master.grad = _gradient(part, segment) if part.anywhere[segment.index] else None
-                if segment.master.grad is not None:
-                    masters.append(segment.master)
-        return masters
+                master = segment.master
+                master.grad = None
+                if not part.anywhere[segment.index]:
+                    continue
+                grad = segment.of(part.shard)
+                if grad.dtype == master.dtype:
+                    master.grad = grad
+                elif self._flat is None:
+                    master.grad = grad.to(master.dtype)
+                result[master] = grad if master.grad is None else master.grad
+        return result
 
     def _put_back(self) -> None:
         """Where the optimizer saw converted copies of gradients: show what it saw, and drop the copies."""
@@ -158,9 +222,9 @@ class Updater:
                 remedy="give the optimizer all its groups before; their numbers (lr, …) may change at any time",
             )
 
-    def _norm(self, masters: Sequence[torch.nn.Parameter]) -> tuple[torch.Tensor, Handle]:
+    def _norm(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Handle]:
         """Start the global norm: its square over several shards, itself with one."""
-        norm = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+        norm = torch.nn.utils.get_total_norm(grads)
         if self._groups.shards == 1:
             return norm, Done()
         square = norm.to(device=self._communicator.device, dtype=torch.float32).square()
@@ -199,8 +263,3 @@ class Updater:
                 for key, value in state.items():
                     if isinstance(value, torch.Tensor) and value.ndim > 0 and value.is_floating_point():
                         state[key] = value.to(dtype)
-
-
-def _gradient(part: FlatGradients, segment: Segment) -> torch.Tensor:
-    grad = segment.of(part.shard)
-    return grad if grad.dtype == segment.master.dtype else grad.to(segment.master.dtype)

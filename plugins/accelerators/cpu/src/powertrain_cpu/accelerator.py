@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
+from powertrain import native
 from powertrain.errors import AcceleratorError
 from powertrain.roles.accelerator import Accelerator, Memory
 from powertrain_cpu import heap, host
+from powertrain_cpu.kernels import SOURCE, CpuKernels
 from powertrain_cpu.memory import ProcessMemory, host_memory
 
 
@@ -23,6 +26,21 @@ class CpuAccelerator(Accelerator):
 
     def __init__(self) -> None:
         self._process = ProcessMemory()
+        self._kernels: CpuKernels | None = None
+        self._asked = False
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Return ``kernels``: they are built when the first one is asked for."""
+        return frozenset({"kernels"})
+
+    def kernel(self, name: str) -> Callable[..., Any] | None:
+        """Return the C++ kernel called ``name``; None where nothing can build it, which is said once."""
+        if not self._asked:
+            self._asked = True
+            module = native.try_load(SOURCE, "the PyTorch reference")
+            self._kernels = None if module is None else CpuKernels(module)
+        return None if self._kernels is None else self._kernels.get(name)
 
     def device_count(self) -> int:
         """Return 1: every local rank shares the one device."""
