@@ -105,4 +105,6 @@ def test_the_error_is_told_to_all_without_a_with_block(tmp_path: Path) -> None:
     assert "rank 1 raised RuntimeError: the disk of rank one is on fire" in told  # the error on rank 0
     assert "left the run" not in told
     assert "worker.py" not in told and "runpy" not in told
-    assert "exited with code 1; its message is above" in told.splitlines()[-1]
+    last = told.splitlines()[-1]  # the ranks end at about the same time: the launcher sees one of them, or both
+    assert "exited with code 1" in last
+    assert "its message is above" in last

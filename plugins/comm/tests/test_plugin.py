@@ -42,7 +42,7 @@ def test_the_plugin_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["shm", "undefined", "fake"])
+@pytest.mark.parametrize("name", ["nosuch", "undefined", "fake"])
 def test_unknown_transports_are_declined(name):
     """A name that torch.distributed does not know, or that moves no data, is left to other plugins."""
     assert make(name, Host("gloo"))[1] is None

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.communicator import Communicator
 
+SHARED = "shm"
+"""What ``[communicator] use`` calls memory that the ranks of a host share."""
+
 GRACE = 60.0
 """Seconds by which torch's own timeout lies behind the watchdog's, so that the watchdog speaks first."""
 
@@ -29,15 +32,21 @@ class CommPlugin(Plugin[CommConfig]):
     def make_communicator(
         self, name: str | None, accelerator: Accelerator, mesh: Mesh, rank: Rank, timeout: float
     ) -> Communicator | None:
-        """Join a process group of the backend ``name``, or of the accelerator's best one."""
+        """Join a process group of the backend ``name``, or of the accelerator's best one; share memory where it can."""
         from powertrain_comm.rendezvous import choose_backend
         from powertrain_comm.transport import TorchCommunicator
 
-        backend = choose_backend(name, accelerator)
+        limit = timeout + GRACE if self.config.watchdog else timeout
+        device = accelerator.device(rank.local_index)
+        backend = "gloo" if name == SHARED else choose_backend(name, accelerator)
         if backend is None:
             return None
-        device = accelerator.device(rank.local_index)
-        return TorchCommunicator(backend, device, mesh, rank, timeout + GRACE if self.config.watchdog else timeout)
+        connected = TorchCommunicator(backend, device, mesh, rank, limit)
+        if name == SHARED or (name is None and device.type == "cpu"):
+            from powertrain_comm.shm.start import share
+
+            return share(connected, rank, limit, asked=name is not None)
+        return connected
 
     @hookimpl
     def wrap_communicator(self, communicator: Communicator, timeout: float) -> Communicator | None:

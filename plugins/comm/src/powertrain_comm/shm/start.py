@@ -1,0 +1,52 @@
+"""From a communicator over the network to one that shares memory where it can."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from powertrain import native
+from powertrain.errors import CommunicatorMissing
+from powertrain_comm.shm.communicator import SharedMemoryCommunicator
+from powertrain_comm.shm.peers import Unavailable, connect
+from powertrain_comm.shm.source import SOURCE
+
+if TYPE_CHECKING:
+    from powertrain.environment import Rank
+    from powertrain.roles.communicator import Communicator
+
+_log = logging.getLogger("powertrain.comm")
+
+
+def share(inner: Communicator, rank: Rank, timeout: float, *, asked: bool) -> Communicator:
+    """Return a communicator that goes through shared memory between ranks of one host; every rank calls it.
+
+    Args:
+        inner: connects all ranks; it carries out what shared memory cannot.
+        rank: this process's place in the launch.
+        timeout: seconds that a collective may take.
+        asked: the configuration names it; otherwise ``inner`` alone will do.
+
+    Raises:
+        CommunicatorMissing: shared memory was asked for, and a rank cannot have it.
+        CommunicationError: a rank did not come.
+    """
+    module = native.try_load(SOURCE, "gloo")
+    try:
+        host = connect(module, inner, rank)
+    except Unavailable as error:
+        if asked:
+            inner.close()
+            raise CommunicatorMissing(
+                "there is no shared memory between the ranks",
+                where="[communicator] use",
+                found=str(error),
+                remedy="leave the key out to go without, or mend what is found; `powertrain doctor` shows more",
+            ) from None
+        if rank.index == 0:
+            _log.warning("ranks talk over the loopback network, not through shared memory: %s", error)
+        return inner
+    except BaseException:
+        inner.close()
+        raise
+    return SharedMemoryCommunicator(inner, host, timeout)
