@@ -6,6 +6,7 @@ import os
 import random
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
@@ -13,8 +14,10 @@ from powertrain import native
 from powertrain.environment import Rank
 from powertrain.errors import CollectiveDiverged, CommunicatorMissing
 from powertrain.mesh import Mesh
+from powertrain.roles.communicator import WrappedCommunicator
 from powertrain.testing.communicator import PooledCommunicatorContract
 from powertrain_comm.shm.communicator import SharedMemoryCommunicator
+from powertrain_comm.shm.hierarchy import neighbours
 from powertrain_comm.shm.source import SOURCE
 from powertrain_comm.shm.start import share
 from powertrain_comm.transport import TorchCommunicator
@@ -302,3 +305,69 @@ def test_the_module_is_built_once():
     built = native.build(SOURCE)
     assert Path(built.path).exists()
     assert native.find(SOURCE) == built
+
+
+def connect_hosts(sizes=None):
+    """Return a communicator of this process's rank, as if every host had two ranks."""
+    rank = Rank.from_environment()
+    rank = attrs.evolve(rank, local_index=rank.index % 2, local_size=2)
+    mesh = Mesh.build(rank.world_size, rank.index, sizes)
+    return share(TorchCommunicator("gloo", torch.device("cpu"), mesh, rank, 30.0), rank, 30.0, asked=True)
+
+
+class TestHosts(PooledCommunicatorContract):
+    """It is a communicator as well where its ranks are on several hosts, as many on each or not."""
+
+    factory = staticmethod(connect_hosts)
+    world_sizes = (3, 4)
+
+
+def across_hosts():
+    """Reduce, scatter and gather among four ranks of two hosts; return which way they went."""
+    comm = connect_hosts()
+    try:
+        n, me = comm.world_size, comm.rank
+        comm.inner = Counted(comm.inner)
+        for count in (70_000, 70_001, 300_003):
+            tensor = comm.empty(count, torch.float32)
+            tensor.copy_(numbers(me, count, torch.float32))
+            handle = comm.all_reduce(tensor, reduction="mean")
+            whole = numbers(10 + me, count * n, torch.float32)
+            piece = torch.empty(count)
+            scatter = comm.reduce_scatter(piece, whole)
+            everything = torch.empty(count * n)
+            gather = comm.all_gather(everything, torch.full((count,), float(me)))
+            for each in (gather, scatter, handle):
+                each.wait()
+            assert torch.equal(tensor, reduced([numbers(r, count, torch.float32) for r in range(n)], "mean").float())
+            total = reduced([numbers(10 + r, count * n, torch.float32) for r in range(n)], "sum").float()
+            assert torch.equal(piece, total[count * me : count * (me + 1)])
+            assert torch.equal(everything, torch.arange(n).float().repeat_interleave(count))
+        return comm.inner.count
+    finally:
+        comm.close()
+
+
+class Counted(WrappedCommunicator):
+    """Counts what goes over the network as it is."""
+
+    count = 0
+
+    def issue(self, collective):
+        """Count one."""
+        self.count += 1
+        return self.inner.issue(collective)
+
+
+def test_several_hosts_go_through_each_hosts_memory_first(ranks):
+    """Results are right, and nothing large goes over the network rank by rank."""
+    assert ranks(4, across_hosts) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [((0, 0, 1, 1), 2), ((0, 1, 0, 1), 0), ((0, 0, 0, 1), 0), ((0, 1, 2, 3), 1), ((0, 0, 0, 0), 4)],
+)
+def test_neighbours(hosts, expected):
+    """Only even runs of neighbours make hosts that a dimension can be cut by."""
+    assert neighbours(Mesh.build(4, 0), "data", hosts) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from powertrain.errors import CollectiveDiverged, CollectiveStalled, Communicati
 from powertrain.mesh import DIMENSIONS, WORLD
 from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
 from powertrain_comm.operations import given, taken
+from powertrain_comm.shm.hierarchy import Hierarchy, neighbours
 from powertrain_comm.shm.peers import DIMENSIONS as LANES
 from powertrain_comm.shm.peers import Host
 
@@ -107,14 +109,18 @@ class SharedMemoryCommunicator(WrappedCommunicator):
         inner: connects all ranks.
         host: the ranks of this host.
         timeout: seconds that a collective may take.
+        network: connects the hosts for collectives of ranks on several of them, by groups that nothing else uses;
+            None where there is one host.
     """
 
-    def __init__(self, inner: Communicator, host: Host, timeout: float) -> None:
+    def __init__(self, inner: Communicator, host: Host, timeout: float, network: Communicator | None = None) -> None:
         super().__init__(inner)
         self._host = host
         self._timeout = timeout
         self._numbers: dict[str, int] = {}
         self._places: dict[str, list[int] | None] = {}
+        self._network = network
+        self._spread: dict[str, Hierarchy] = {}
         self._under_way: deque[SharedHandle] = deque()
         for dimension in (WORLD, *DIMENSIONS):
             self._number(dimension)
@@ -123,21 +129,37 @@ class SharedMemoryCommunicator(WrappedCommunicator):
         """Give a dimension its lanes, the same on all ranks, and find out whether its ranks are here."""
         if dimension in self._numbers:
             return
-        self._numbers[dimension] = len(self._numbers)
+        number = self._numbers[dimension] = len(self._numbers)
         ranks = self.mesh.peers(dimension)
-        here = all(rank in self._host.ranks for rank in ranks) and self._numbers[dimension] < LANES
-        self._places[dimension] = [self._host.ranks.index(rank) for rank in ranks] if here and len(ranks) > 1 else None
+        here = [rank for rank in ranks if rank in self._host.ranks]
+        self._places[dimension] = None
+        if len(ranks) == 1 or number >= LANES:
+            return
+        if len(here) == len(ranks):
+            self._places[dimension] = self._places_of(here)
+        elif self._network is not None and (size := neighbours(self.mesh, dimension, self._host.hosts)) > 1:
+            _, across = self._network.split(dimension, size)
+            self._spread[dimension] = Hierarchy(
+                lambda part: self._start(part, number, self._places_of(here), here.index(self.rank)),
+                self._network, across, size, self.mesh.index(dimension), dimension,
+            )  # fmt: skip
+
+    def _places_of(self, ranks: Sequence[int]) -> list[int]:
+        return [self._host.ranks.index(rank) for rank in ranks]
 
     def split(self, dimension: str, size: int) -> tuple[str, str]:
         """Cut a dimension; the halves get lanes of their own."""
         names = self.inner.split(dimension, size)
+        if self._network is not None:
+            self._network.split(dimension, size)
         for name in names:
             self._number(name)
         return names
 
     def empty(self, numel: int, dtype: torch.dtype, dimension: str = "data") -> torch.Tensor:
         """Return memory that the ranks of this host can read in place; ordinary memory where it is used up."""
-        if self._places.get(dimension) is not None and numel and self.device.type == "cpu":
+        reached = self._places.get(dimension) is not None or dimension in self._spread
+        if reached and numel and self.device.type == "cpu":
             block = self._host.heap.allocate(numel * dtype.itemsize)
             if block is not None:
                 return torch.frombuffer(block, dtype=dtype, count=numel)
@@ -150,21 +172,28 @@ class SharedMemoryCommunicator(WrappedCommunicator):
             CommunicationError: it could not be started.
             ValueError: a tensor is missing, or lengths and types do not fit.
         """
-        places = self._places.get(collective.dimension)
-        if places is None or not _serves(collective):
+        dimension = collective.dimension
+        if not _serves(collective):
             return self.inner.issue(collective)
+        if (places := self._places.get(dimension)) is not None:
+            return self._start(collective, self._numbers[dimension], places, self.mesh.index(dimension))
+        if (hierarchy := self._spread.get(dimension)) is not None and hierarchy.serves(collective):
+            return hierarchy.issue(collective)
+        return self.inner.issue(collective)
+
+    def _start(self, collective: Collective, number: int, places: list[int], me: int) -> Handle:
+        """Start one collective among ranks of this host, of which this is the one at ``me``."""
         while self._under_way and self._under_way[0].done():
             self._under_way.popleft()
         host = self._host
-        inner = host.engine.issue(*self._arguments(collective, places))
+        inner = host.engine.issue(*self._arguments(collective, number, places, me))
         handle = SharedHandle(host.engine, inner, collective, self.rank, host.ranks, self._timeout)
         self._under_way.append(handle)  # tensors must stay, even if nobody waits
         return handle
 
-    def _arguments(self, collective: Collective, places: list[int]) -> tuple[Any, ...]:
+    def _arguments(self, collective: Collective, number: int, places: list[int], me: int) -> tuple[Any, ...]:
         """Return what C++ wants to know of a collective."""
         operation, count = collective.operation, len(places)
-        number, me = self._numbers[collective.dimension], self.mesh.index(collective.dimension)
         if operation in ("send", "receive"):
             other = collective.peer
             if other is None or not 0 <= other < count or other == me:
@@ -212,8 +241,12 @@ class SharedMemoryCommunicator(WrappedCommunicator):
 
     def close(self) -> None:
         """Leave the host's ranks, then close the inner communicator."""
+        for hierarchy in self._spread.values():
+            hierarchy.close()
         self._host.engine.close()
         self._under_way.clear()
+        if self._network is not None:
+            self._network.close()
         self.inner.close()
 
 

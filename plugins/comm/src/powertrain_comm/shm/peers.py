@@ -51,11 +51,13 @@ class Host:
         heap: this rank's shared memory.
         engine: carries out collectives.
         ranks: the global ranks, in the order of their places.
+        hosts: of every global rank, the number of its host.
     """
 
     heap: Any
     engine: Any
     ranks: tuple[int, ...]
+    hosts: tuple[int, ...]
 
     def lane(self, dimension: int, source: int | None = None, target: int | None = None) -> int:
         """Return the lane of a dimension's collectives, or of what one rank sends to another there."""
@@ -104,7 +106,8 @@ def connect(module: ModuleType | None, inner: Communicator, rank: Rank) -> Host:
         here = [facts[index] for index in ranks]
         for peer in _meet(server, here, place, heap):
             engine.add_peer(**peer)
-    return Host(heap, engine, ranks)
+    names = [fact["host"] for fact in facts]
+    return Host(heap, engine, ranks, tuple(names.index(name) for name in names))
 
 
 def _offer(server: socket.socket, module: ModuleType | None, rank: Rank) -> tuple[dict[str, Any], Any]:

@@ -10,6 +10,7 @@ from powertrain.errors import CommunicatorMissing
 from powertrain_comm.shm.communicator import SharedMemoryCommunicator
 from powertrain_comm.shm.peers import Unavailable, connect
 from powertrain_comm.shm.source import SOURCE
+from powertrain_comm.transport import TorchCommunicator
 
 if TYPE_CHECKING:
     from powertrain.environment import Rank
@@ -49,4 +50,7 @@ def share(inner: Communicator, rank: Rank, timeout: float, *, asked: bool) -> Co
     except BaseException:
         inner.close()
         raise
-    return SharedMemoryCommunicator(inner, host, timeout)
+    network = None
+    if len(set(host.hosts)) > 1:
+        network = TorchCommunicator("gloo", inner.device, inner.mesh, rank, timeout)
+    return SharedMemoryCommunicator(inner, host, timeout, network)
