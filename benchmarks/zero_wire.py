@@ -3,7 +3,7 @@
     python benchmarks/zero_wire.py [--steps 60] [--width 64] [--depth 4] [--modes NAME ...] [--json]
 
 Four ranks on gloo, two to a node (`node = 2`), train examples/gpt's model in bf16 on Python's standard
-library; the tracer of the plugin `comm` counts (`[comm] trace`), over the last step. Everything is compared
+library; the plugin `observe` counts (`[observe] comm`), over the last step. Everything is compared
 with the 3M elements of ZeRO-3 in fp16: parameters gathered in forward and in backward, gradients reduced, each
 (n - 1) / n of the model from every rank. ZeRO++ (arXiv 2306.10209) says: qwZ takes a gather to half, hpZ
 backward's gathers to none between nodes, and qgZ (int4) gradients to a quarter: 3M becomes 0.75M.
@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def train(zero: Mapping[str, Any], steps: int, width: int, depth: int, corpus: P
     torch.manual_seed(0)
     config = {
         "zero": {"stage": 3, **zero},
-        "comm": {"trace": True},
+        "observe": {"comm": True},
         "precision": {"compute": "bf16", "reduce": "bf16"},
         "optimizer": {"lr": 3e-3, "clip": 1.0},
         "batch": {"micro": BATCH},
@@ -69,7 +70,10 @@ def train(zero: Mapping[str, Any], steps: int, width: int, depth: int, corpus: P
     with powertrain.initialize(model, config, TokenDataset(corpus, SEQUENCE)) as engine:
 
         def sent() -> dict[str, int]:
-            return {f"{t.operation} {t.dimension}": t.bytes for t in engine.context.communicator.traffic()}
+            totals: Counter[str] = Counter()
+            for row in engine.context.communicator.traffic():
+                totals[f"{row.operation} {row.dimension}"] += row.bytes
+            return dict(totals)
 
         for batch in engine.loader or ():
             before = sent()

@@ -267,7 +267,7 @@ def connect(
             where="communicator.use" if name else f"variables set by {rank.launcher}",
         )
     communicator = cast("Communicator", found)
-    for plugin in list(hooks.plugins):
+    for plugin in hooks.wrappers():
         wrapped = hooks.call(plugin, "wrap_communicator", communicator=communicator, timeout=timeout)
         communicator = communicator if wrapped is None else wrapped
     return communicator

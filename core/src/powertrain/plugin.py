@@ -35,6 +35,13 @@ class Phase(enum.IntEnum):
     SHARD = 60
 
 
+class Layer(enum.IntEnum):
+    """Where a plugin's ``wrap_communicator`` comes; lower layers are nearer to the transport."""
+
+    MEASURE = 10
+    CHANGE = 20
+
+
 @attrs.frozen
 class Probe:
     """The answer to "could this accelerator be used here?".
@@ -64,6 +71,7 @@ class Plugin(Generic[C]):
         name: the entry point's name, and the section in the TOML file.
         api: the plugin API the class was written for.
         phase: when ``transform_model`` runs; required of plugins that have one.
+        layer: where ``wrap_communicator`` comes, before the order of the configuration.
         options: option tables that it adds: ``{"optimizer": {"lion": LionOptions}}``.
         fallback: for accelerators: chosen only when no other one is available.
         support: who answers for it: ``"first-party"`` or ``"community"``.
@@ -74,6 +82,7 @@ class Plugin(Generic[C]):
     name: ClassVar[str] = ""
     api: ClassVar[int] = 0
     phase: ClassVar[Phase | None] = None
+    layer: ClassVar[Layer] = Layer.CHANGE
     options: ClassVar[Mapping[str, Mapping[str, type]]] = {}
     fallback: ClassVar[bool] = False
     support: ClassVar[str] = "community"

@@ -114,6 +114,11 @@ class Registry:
         names = [name for name, plugin in self.plugins.items() if "transform_model" in hooks_of(plugin)]
         return sorted(names, key=lambda name: self.plugins[name].phase or 0)
 
+    def wrappers(self) -> list[str]:
+        """Return the names of the plugins that wrap the communicator, by layer, then in order."""
+        names = [name for name, plugin in self.plugins.items() if "wrap_communicator" in hooks_of(plugin)]
+        return sorted(names, key=lambda name: self.plugins[name].layer)
+
     def call(self, plugin: str, hook: str, /, **arguments: Any) -> Any:
         """Return one plugin's answer to a hook, or None; no other plugin is asked."""
         if hook not in hooks_of(self.plugins[plugin]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Model(nn.Module):
 def count(zero: dict[str, Any], accumulation: int = 1) -> dict[str, Any]:
     """Return the bytes of a step on this rank, and the elements of each unit's buffer; run on every rank."""
     torch.manual_seed(3)
-    config = {"zero": {"stage": 3, **zero}, "comm": {"trace": True}, "batch": {"accumulation": accumulation}}
+    config = {"zero": {"stage": 3, **zero}, "observe": {"comm": True}, "batch": {"accumulation": accumulation}}
     with powertrain.initialize(Model(), config, loss_fn=nn.CrossEntropyLoss()) as engine:
         communicator = engine.context.communicator
         batch = (torch.ones(2, WIDTH), torch.zeros(2, dtype=torch.long))
@@ -55,7 +56,10 @@ def count(zero: dict[str, Any], accumulation: int = 1) -> dict[str, Any]:
             }
 
         def traffic() -> dict[str, int]:
-            return {f"{t.operation} {t.dimension}": t.bytes for t in communicator.traffic()}
+            totals: Counter[str] = Counter()
+            for row in communicator.traffic():
+                totals[f"{row.operation} {row.dimension}"] += row.bytes
+            return dict(totals)
 
         step()  # the first one finds out in which order units are gathered
         units = [flat.numel for unit in engine.optimizer_wrapper.units for flat in unit.flats]

@@ -64,14 +64,20 @@ class Traffic:
     Attributes:
         operation: which one.
         dimension: along which dimension.
+        data: the first word of the label: what for.
         calls: how often.
         bytes: sent to other ranks, in all.
+        seconds: that they took, from start to end; 0 where nobody measured.
+        exposed: of these, what somebody waited for.
     """
 
     operation: Operation
     dimension: str
-    calls: int
-    bytes: int
+    data: str = ""
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    exposed: float = 0.0
 
 
 class Handle(Protocol):

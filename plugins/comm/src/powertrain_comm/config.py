@@ -7,7 +7,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class CommConfig:
-    """How collectives are watched, checked and counted."""
+    """How collectives are watched and checked."""
 
     watchdog: bool = True
     """Record every collective; when one stalls, ranks disagree or one fails, end all ranks with a report.
@@ -17,10 +17,6 @@ class CommConfig:
     """Compare operation, dimension, shape, dtype and reduction between the ranks before each collective, and fail
     before it starts. Default false. For debugging: each collective then waits for all its ranks before it starts.
     Needs ``watchdog``."""
-
-    trace: bool = False
-    """Count collectives and the bytes that they send, per operation and dimension, and log a table of rank 0 when
-    the engine closes. Default false. Costs about two microseconds a collective."""
 
     @cross_check.validator
     def _needs_watchdog(self, attribute: attrs.Attribute[bool], value: bool) -> None:

@@ -50,14 +50,9 @@ class CommPlugin(Plugin[CommConfig]):
 
     @hookimpl
     def wrap_communicator(self, communicator: Communicator, timeout: float) -> Communicator | None:
-        """Put the watchdog, with the cross-check on request, and on request the tracer around ``communicator``."""
-        wrapped = communicator
-        if self.config.watchdog and communicator.world_size > 1:
-            from powertrain_comm.watchdog.watched import WatchedCommunicator
+        """Put the watchdog, with the cross-check on request, around ``communicator``."""
+        if not self.config.watchdog or communicator.world_size == 1:
+            return None
+        from powertrain_comm.watchdog.watched import WatchedCommunicator
 
-            wrapped = WatchedCommunicator(wrapped, timeout, cross_check=self.config.cross_check)
-        if self.config.trace:
-            from powertrain_comm.traced import TracedCommunicator
-
-            wrapped = TracedCommunicator(wrapped)
-        return None if wrapped is communicator else wrapped
+        return WatchedCommunicator(communicator, timeout, cross_check=self.config.cross_check)

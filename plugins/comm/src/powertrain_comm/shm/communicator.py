@@ -80,6 +80,10 @@ class SharedHandle:
         """Return whether ``wait`` would return at once."""
         return bool(self._inner.status != UNDER_WAY)
 
+    def elapsed(self) -> float:
+        """Return the seconds from the start to the end, which may be long before ``wait``; it must be over."""
+        return float(self._inner.seconds)
+
     def _what(self) -> str:
         collective = self._collective
         return collective.operation + (f" of {collective.label!r}" if collective.label else "")

@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -44,6 +45,7 @@ struct Collective {
     int64_t staged = 0, taken = 0, collected = 0;  // pieces that are done
     int64_t to_stage = 0, to_take = 0, to_collect = 0;
     std::atomic<int> status{kUnderWay};
+    std::chrono::steady_clock::time_point issued = std::chrono::steady_clock::now(), ended;
     std::string message;
     int culprit = -1;
 
@@ -106,6 +108,7 @@ class Machine {
         }
         if (c.stage == kLeft && free_of_others(c)) {
             c.stage = kOver;
+            c.ended = std::chrono::steady_clock::now();
             c.status.store(kDone);
             return true;
         }

@@ -48,6 +48,8 @@ PYBIND11_MODULE(powertrain_shared_memory, m) {
 
     py::class_<Collective, std::shared_ptr<Collective>>(m, "Collective", py::module_local())
         .def_property_readonly("status", [](const Collective& c) { return c.status.load(); })
+        .def_property_readonly(
+            "seconds", [](const Collective& c) { return std::chrono::duration<double>(c.ended - c.issued).count(); })
         .def_readonly("culprit", &Collective::culprit)
         .def_readonly("message", &Collective::message);
 

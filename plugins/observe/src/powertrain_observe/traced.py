@@ -1,49 +1,71 @@
-"""The wrapper that counts what a rank sends."""
+"""The wrapper that counts and times what a rank sends."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
-from powertrain.roles.communicator import Collective, Communicator, Handle, Operation, Traffic, WrappedCommunicator
+import attrs
 
-_log = logging.getLogger("powertrain.comm")
+from powertrain.roles.communicator import Collective, Communicator, Handle, Operation, Traffic, WrappedCommunicator
+from powertrain_observe.clock import DeviceClock, DeviceTimed, HostTimed
+from powertrain_observe.table import render
+
+_log = logging.getLogger("powertrain.observe")
 
 ROWS = 256
 """Rows of the table, before labels that are new are no longer told apart."""
 
-HEADINGS = ("operation", "dimension", "label", "calls", "MB sent")
+Key = tuple[Operation, str, str]
 
-Row = tuple[Operation, str, str]
+
+@attrs.define(slots=True)
+class Row:
+    """What was counted of one kind of collective; times are in seconds."""
+
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    exposed: float = 0.0
 
 
 class TracedCommunicator(WrappedCommunicator):
-    """Counts the collectives of another communicator, and the bytes that they make this rank send.
+    """Counts and times the collectives of another communicator, and the bytes that they make this rank send.
 
     Each operation counts with what its best algorithm sends, as ``Traffic`` says, whatever the library does.
-    The table that ``close`` logs on rank 0 tells labels apart by their first word.
+    Labels are told apart by their first word.
     """
 
     def __init__(self, inner: Communicator) -> None:
         super().__init__(inner)
-        self._rows: dict[Row, list[int]] = {}
+        self._rows: dict[Key, Row] = {}
         self._places: dict[str, tuple[int, int]] = {}
+        self._clock = None if inner.device.type == "cpu" else DeviceClock(inner.device)
         self._open = True
 
     def issue(self, collective: Collective) -> Handle:
-        """Start one collective and count it."""
+        """Start one collective, count it, and time it."""
+        if self._clock is not None:
+            issued = self._clock.event()
+            handle = self.inner.issue(collective)
+            return DeviceTimed(handle, self._count(collective), self._clock, issued)
+        started = time.perf_counter()
         handle = self.inner.issue(collective)
-        self._count(collective)
-        return handle
+        return HostTimed(handle, self._count(collective), started)
 
     def issue_together(self, collectives: Sequence[Collective]) -> Handle:
-        """Start several collectives and count each."""
+        """Start several collectives and count each; the time is that of all, and goes to the first."""
+        issued, started = self._clock and self._clock.event(), time.perf_counter()
         handle = self.inner.issue_together(collectives)
-        for collective in collectives:
-            self._count(collective)
-        return handle
+        rows = [self._count(collective) for collective in collectives]
+        if not rows:
+            return handle
+        if self._clock is not None:
+            return DeviceTimed(handle, rows[0], self._clock, issued)
+        return HostTimed(handle, rows[0], started)
 
-    def _count(self, collective: Collective) -> None:
+    def _count(self, collective: Collective) -> Row:
         dimension = collective.dimension
         place = self._places.get(dimension)
         if place is None:
@@ -53,35 +75,23 @@ class TracedCommunicator(WrappedCommunicator):
         if row is None:
             if len(self._rows) >= ROWS:
                 key = collective.operation, dimension, ""
-            row = self._rows.setdefault(key, [0, 0])
-        row[0] += 1
-        row[1] += sent(collective, *place)
+            row = self._rows.setdefault(key, Row())
+        row.calls += 1
+        row.bytes += sent(collective, *place)
+        return row
 
     def traffic(self) -> list[Traffic]:
-        """Return what was counted, by operation and dimension."""
-        totals: dict[tuple[Operation, str], list[int]] = {}
-        for (operation, dimension, _), (calls, nbytes) in self._rows.copy().items():
-            total = totals.setdefault((operation, dimension), [0, 0])
-            total[0] += calls
-            total[1] += nbytes
+        """Return what was counted, by operation, dimension and first word of the label."""
+        if self._clock is not None:
+            self._clock.settle()
         return [
-            Traffic(operation=operation, dimension=dimension, calls=calls, bytes=nbytes)
-            for (operation, dimension), (calls, nbytes) in sorted(totals.items())
+            Traffic(operation=operation, dimension=dimension, data=data, **attrs.asdict(row))
+            for (operation, dimension, data), row in sorted(self._rows.copy().items())
         ]
 
     def table(self) -> str:
         """Return what was counted, one line per operation, dimension and first word of the label."""
-        rows: list[tuple[str, ...]] = [HEADINGS]
-        for (*names, label), (calls, nbytes) in sorted(self._rows.items()):
-            rows.append((*names, label or "-", str(calls), f"{nbytes / 1e6:.3f}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if column > 2 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return render(self.traffic(), self.size)
 
     def describe(self) -> dict[str, str]:
         """Return the wrapped communicator's facts, and that it is traced."""
@@ -90,7 +100,7 @@ class TracedCommunicator(WrappedCommunicator):
     def close(self) -> None:
         """Log the table on rank 0, then close the wrapped communicator."""
         if self._open and self.rank == 0 and self._rows:
-            _log.info("what rank 0 sent to other ranks:\n%s", self.table())
+            _log.info("collectives of rank 0:\n%s", self.table())
         self._open = False
         self.inner.close()
 
