@@ -24,7 +24,7 @@ from powertrain.roles.sampler import Sampler
 HOOKS_OF_API_1 = {
     "make_accelerator": ["name"],
     "make_communicator": ["name", "accelerator", "mesh", "rank", "timeout"],
-    "make_optimizer": ["name", "options"],
+    "make_optimizer": ["name", "options", "accelerator"],
     "wrap_optimizer": ["model", "optimizer", "context"],
     "make_runner": ["engine"],
     "make_checkpoint_store": ["uri", "context"],
@@ -173,6 +173,7 @@ def test_plugins_declare_these_facts() -> None:
     """The attributes of a plugin class, and the phases, are part of the contract."""
     public = {name for name in vars(Plugin) if not name.startswith("_")}
     expected = {"name", "api", "phase", "options", "fallback", "support", "Config", "is_available", "check_ranks"}
+    expected |= {"layer", "kernel_sets"}
     assert public == expected
     phases = {phase.name: int(phase) for phase in Phase}
     names = ["MATERIALIZE", "COMPRESS", "PARALLELIZE", "RECOMPUTE", "COMPILE", "SHARD"]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import attrs
+
+if TYPE_CHECKING:
+    from powertrain.native import KernelSet
 
 API = 1
 """The plugin API this core serves. It serves ``API - 1`` as well."""
@@ -116,3 +119,8 @@ class Plugin(Generic[C]):
         Raises:
             PowertrainError: says which numbers would do.
         """
+
+    @classmethod
+    def kernel_sets(cls) -> tuple[KernelSet, ...]:
+        """Return the C++ that the plugin has built on first use; ``powertrain kernels`` lists, builds and tests it."""
+        return ()

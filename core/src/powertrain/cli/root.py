@@ -15,6 +15,7 @@ from powertrain.cli.lazy import Lazy, LazyGroup
 COMMANDS = {
     "config": Lazy("powertrain.cli.config:config", "Check, show and create configuration files."),
     "doctor": Lazy("powertrain.cli.doctor:doctor", "Check this machine and installation; always finishes."),
+    "kernels": Lazy("powertrain.cli.kernels:kernels", "List, build and test the C++ kernels."),
     "launch": Lazy("powertrain.cli.launch:launch", "Run a script on several processes or hosts."),
     "plugins": Lazy("powertrain.cli.plugins:plugins", "List, create and test plugins."),
 }

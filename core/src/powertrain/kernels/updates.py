@@ -1,7 +1,7 @@
 """Optimizer updates over lists of tensors: scale, update and cast, in one call.
 
 Each takes its tensors as ``Operands`` and changes them in place. Arithmetic is
-in fp32 whatever the tensors rest in, formulas are those of ``torch.optim``, and
+in fp32, or in fp64 where a tensor is, whatever the tensors rest in; formulas are those of ``torch.optim``, and
 ``scale`` multiplies every gradient first: one number for the loss scale and for
 clipping together.
 """
@@ -37,10 +37,14 @@ class Operands:
     outs: Sequence[torch.Tensor] = ()
 
 
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 @contextmanager
 def _wide(*tensors: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
-    """Let a block work in fp32 on tensors of any format; what it leaves there is rounded back."""
-    wide = [torch.empty(0) if tensor is None else tensor.float() for tensor in tensors]
+    """Let a block work in fp32 (or fp64) on tensors of any format; what it leaves there is rounded back."""
+    wide = [torch.empty(0) if tensor is None else _widened(tensor) for tensor in tensors]
     yield wide
     for tensor, value in zip(tensors, wide, strict=True):
         if tensor is not None and tensor is not value:
@@ -99,7 +103,7 @@ def adam(
     bias1, root_bias2 = corrections(step, beta1, beta2)
     for param, grad, first, second, out in _rows(operands):
         with _wide(param, first, second) as (p, m, v):
-            g = grad.float().view_as(p) * scale
+            g = _widened(grad).view_as(p) * scale
             if weight_decay and decoupled:
                 p.mul_(1 - lr * weight_decay)
             elif weight_decay:
@@ -124,7 +128,7 @@ def lion(
     """Update by Lion ("Symbolic Discovery of Optimization Algorithms", Chen et al., 2023); its state is ``firsts``."""
     for param, grad, first, _, out in _rows(operands):
         with _wide(param, first) as (p, m):
-            g, m = grad.float().view_as(p) * scale, m.view_as(p)
+            g, m = _widened(grad).view_as(p) * scale, m.view_as(p)
             if weight_decay:
                 p.mul_(1 - lr * weight_decay)
             p.add_((m * beta1).add_(g, alpha=1 - beta1).sign_(), alpha=-lr)
@@ -147,7 +151,7 @@ def adagrad(
     rate = lr / (1 + (step - 1) * lr_decay)
     for param, grad, first, _, out in _rows(operands):
         with _wide(param, first) as (p, total):
-            g, total = grad.float().view_as(p) * scale, total.view_as(p)
+            g, total = _widened(grad).view_as(p) * scale, total.view_as(p)
             if weight_decay:
                 g.add_(p, alpha=weight_decay)
             total.addcmul_(g, g, value=1)
@@ -173,7 +177,7 @@ def momentum(
     """
     for param, grad, first, _, out in _rows(operands):
         with _wide(param, first) as (p, m):
-            g = grad.float().view_as(p) * scale
+            g = _widened(grad).view_as(p) * scale
             if weight_decay:
                 g.add_(p, alpha=weight_decay)
             if first is not None:
@@ -214,8 +218,8 @@ def lamb_moments(
     sums = []
     for param, grad, first, second, _ in _rows(operands):
         with _wide(first, second) as (m, v):
-            p = param.float()
-            g, m, v = grad.float().view_as(p) * scale, m.view_as(p), v.view_as(p)
+            p = _widened(param)
+            g, m, v = _widened(grad).view_as(p) * scale, m.view_as(p), v.view_as(p)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             direction = _lamb_direction(p, m, v, bias1, root_bias2, eps, weight_decay)
@@ -248,6 +252,6 @@ def lamb_apply(
     bias1, root_bias2 = corrections(step, beta1, beta2)
     for rate, (param, _, first, second, out) in zip(rates, _rows(operands), strict=True):
         with _wide(param) as (p,):
-            m, v = first.float().view_as(p), second.float().view_as(p)
+            m, v = _widened(first).view_as(p), _widened(second).view_as(p)
             p.sub_(_lamb_direction(p, m, v, bias1, root_bias2, eps, weight_decay).mul_(rate))
             _publish(out, p)

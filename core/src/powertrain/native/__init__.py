@@ -13,7 +13,20 @@ good for every version of torch; pybind11 is all that it is built against.
 from __future__ import annotations
 
 from powertrain.native.builder import Built, build, find
+from powertrain.native.kernel_set import Finding, KernelSet
 from powertrain.native.loader import load, try_load
 from powertrain.native.source import INCLUDE, Source, Unit, vector_units
 
-__all__ = ["INCLUDE", "Built", "Source", "Unit", "build", "find", "load", "try_load", "vector_units"]
+__all__ = [
+    "INCLUDE",
+    "Built",
+    "Finding",
+    "KernelSet",
+    "Source",
+    "Unit",
+    "build",
+    "find",
+    "load",
+    "try_load",
+    "vector_units",
+]

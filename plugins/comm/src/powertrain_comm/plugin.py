@@ -11,6 +11,7 @@ from powertrain_comm.config import CommConfig
 if TYPE_CHECKING:
     from powertrain.environment import Rank
     from powertrain.mesh import Mesh
+    from powertrain.native import KernelSet
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.communicator import Communicator
 
@@ -27,6 +28,13 @@ class CommPlugin(Plugin[CommConfig]):
     name = "comm"
     api = 1
     support = "first-party"
+
+    @classmethod
+    def kernel_sets(cls) -> tuple[KernelSet, ...]:
+        """Return the collectives through shared memory."""
+        from powertrain.native import KernelSet
+
+        return (KernelSet("shm", "powertrain_comm.shm.source:SOURCE", "powertrain_comm.shm.selftest:check"),)
 
     @hookimpl
     def make_communicator(

@@ -16,6 +16,7 @@ PROBES = {
     "system": ("machine", "system"),
     "disk": ("machine", "disk"),
     "compiler": ("machine", "compiler"),
+    "kernels": ("kernels", "kernels"),
     "network": ("machine", "network"),
     "environment_variables": ("installation", "environment"),
     "plugins": ("installation", "plugins"),

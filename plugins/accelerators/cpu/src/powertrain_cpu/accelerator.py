@@ -11,8 +11,9 @@ from powertrain import native
 from powertrain.errors import AcceleratorError
 from powertrain.roles.accelerator import Accelerator, Memory
 from powertrain_cpu import heap, host
-from powertrain_cpu.kernels import SOURCE, CpuKernels
+from powertrain_cpu.kernels import CpuKernels
 from powertrain_cpu.memory import ProcessMemory, host_memory
+from powertrain_cpu.source import SOURCE
 
 
 class CpuAccelerator(Accelerator):

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from powertrain import kernels, native
+from powertrain import kernels
 from powertrain.kernels.updates import Operands, corrections
 from powertrain.roles.communicator import Reduction
-
-SOURCE = native.Source(
-    "powertrain_cpu_kernels",
-    Path(__file__).parent / "cpp",
-    (native.Unit("module.cpp"), *native.vector_units("kernels.cpp")),
-    tuple(kernels.NAMES),
-)
-"""What is built: see ``cpp/table.h``."""
+from powertrain_cpu.source import KERNELS
 
 PATHS = ("plain", "avx2", "avx512")
 """Vector instruction sets, from the narrowest to the widest."""
@@ -47,7 +39,7 @@ class CpuKernels:
     """The kernels of one built module, on one vector path.
 
     Args:
-        module: what ``native`` loaded from ``SOURCE``.
+        module: what ``native`` loaded from ``source.SOURCE``.
         path: one of ``PATHS`` that this processor runs; by default the widest.
     """
 
@@ -65,7 +57,7 @@ class CpuKernels:
 
     def get(self, name: str) -> Callable[..., Any] | None:
         """Return the kernel called ``name``."""
-        return getattr(self, name) if name in kernels.NAMES else None
+        return getattr(self, name) if name in KERNELS else None
 
     def _where(self) -> tuple[int, int]:
         return torch.get_num_threads(), self._path

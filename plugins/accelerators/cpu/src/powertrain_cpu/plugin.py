@@ -8,6 +8,7 @@ from powertrain.hookspecs import hookimpl
 from powertrain.plugin import NoConfig, Plugin, Probe
 
 if TYPE_CHECKING:
+    from powertrain.native import KernelSet
     from powertrain.roles.accelerator import Accelerator
 
 
@@ -23,6 +24,13 @@ class CpuPlugin(Plugin[NoConfig]):
 
         cores = usable_cores()
         return Probe(True, f"{cores} core{'s' if cores > 1 else ''}")
+
+    @classmethod
+    def kernel_sets(cls) -> tuple[KernelSet, ...]:
+        """Return the kernels of the processor."""
+        from powertrain.native import KernelSet
+
+        return (KernelSet("cpu", "powertrain_cpu.source:SOURCE", "powertrain_cpu.selftest:check"),)
 
     @hookimpl
     def make_accelerator(self, name: str) -> Accelerator | None:

@@ -32,6 +32,14 @@ static inline void sweep(const Operands& t, const Formats& f, int64_t begin, int
     }
 }
 
+// Decay that goes into the gradient; none of an infinite parameter is none.
+static inline float pull(float decay, float param) { return decay != 0.0f ? decay * param : 0.0f; }
+
+// From `a` to `b`, from whichever end is nearer, as torch.lerp does it.
+static inline float blend(float a, float b, float weight) {
+    return weight < 0.5f ? a + weight * (b - a) : b - (b - a) * (1.0f - weight);
+}
+
 using Values = float* __restrict;
 using Given = const float* __restrict;
 
@@ -39,12 +47,12 @@ static void adam(const Adam& a, const Operands& t, const Formats& f, int64_t beg
     const Adam c = a;
     sweep<kParam | kFirst | kSecond>(t, f, begin, end, [c](Values p, Given grad, Values m, Values v, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
-            const float g = grad[i] * c.scale + c.decay * p[i];
-            const float first = m[i] + c.one_minus_beta1 * (g - m[i]);
+            const float g = grad[i] * c.scale + pull(c.decay, p[i]);
+            const float first = blend(m[i], g, c.one_minus_beta1);
             const float second = c.beta2 * v[i] + c.one_minus_beta2 * (g * g);
             m[i] = first;
             v[i] = second;
-            p[i] = p[i] * c.shrink - c.step_size * (first / (std::sqrt(second) / c.root_bias2 + c.eps));
+            p[i] = p[i] * c.shrink - (c.step_size * first) / (std::sqrt(second) / c.root_bias2 + c.eps);
         }
     });
 }
@@ -66,10 +74,10 @@ static void adagrad(const Adagrad& a, const Operands& t, const Formats& f, int64
     const Adagrad c = a;
     sweep<kParam | kFirst>(t, f, begin, end, [c](Values p, Given grad, Values sum, Values, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
-            const float g = grad[i] * c.scale + c.decay * p[i];
+            const float g = grad[i] * c.scale + pull(c.decay, p[i]);
             const float total = sum[i] + g * g;
             sum[i] = total;
-            p[i] = p[i] - c.rate * (g / (std::sqrt(total) + c.eps));
+            p[i] = p[i] - (c.rate * g) / (std::sqrt(total) + c.eps);
         }
     });
 }
@@ -78,7 +86,7 @@ static void momentum(const Momentum& a, const Operands& t, const Formats& f, int
     const Momentum c = a;
     if (!c.has_momentum) {
         sweep<kParam>(t, f, begin, end, [c](Values p, Given grad, Values, Values, int64_t count) {
-            for (int64_t i = 0; i < count; ++i) p[i] = p[i] - c.lr * (grad[i] * c.scale + c.decay * p[i]);
+            for (int64_t i = 0; i < count; ++i) p[i] = p[i] - c.lr * (grad[i] * c.scale + pull(c.decay, p[i]));
         });
         return;
     }
@@ -87,7 +95,7 @@ static void momentum(const Momentum& a, const Operands& t, const Formats& f, int
         const float look = c.nesterov ? c.momentum : 1.0f, own = c.nesterov ? 1.0f : 0.0f;
         if (c.first_time) for (int64_t i = 0; i < count; ++i) m[i] = 0.0f;  // what was there means nothing yet
         for (int64_t i = 0; i < count; ++i) {
-            const float g = grad[i] * c.scale + c.decay * p[i];
+            const float g = grad[i] * c.scale + pull(c.decay, p[i]);
             const float moved = keep * m[i] + take * g;
             m[i] = moved;
             p[i] = p[i] - c.lr * (own ? g + look * moved : moved);
@@ -100,21 +108,21 @@ static inline float lamb_direction(const Lamb& c, float p, float m, float v) {
     return (m / c.bias1) / (std::sqrt(v) / c.root_bias2 + c.eps) + c.decay * p;
 }
 
-// Sums of squares go through this many fp32 lanes within a block, and from block to block in double.
+// Sums of squares go through this many lanes, in double: a square of fp32 is exact there.
 static constexpr int kLanes = 16;
 
 template <class Value>
 static inline double squares(int64_t count, const Value& value) {
-    float lanes[kLanes] = {};
+    double lanes[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes)
         for (int lane = 0; lane < kLanes; ++lane) {
-            const float x = value(i + lane);
+            const double x = value(i + lane);
             lanes[lane] += x * x;
         }
     double total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
-    for (; i < count; ++i) total += double(value(i)) * value(i);
+    for (; i < count; ++i) total += double(value(i)) * double(value(i));
     return total;
 }
 
@@ -124,7 +132,7 @@ static void lamb_moments(const Lamb& a, const Operands& t, const Formats& f, int
     sweep<kFirst | kSecond>(t, f, begin, end, [&](Values p, Given grad, Values m, Values v, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             const float g = grad[i] * c.scale;
-            m[i] = m[i] + c.one_minus_beta1 * (g - m[i]);
+            m[i] = blend(m[i], g, c.one_minus_beta1);
             v[i] = c.beta2 * v[i] + c.one_minus_beta2 * (g * g);
         }
         params += squares(count, [p](int64_t i) { return p[i]; });
