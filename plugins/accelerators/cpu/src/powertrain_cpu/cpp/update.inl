@@ -32,8 +32,15 @@ static inline void sweep(const Operands& t, const Formats& f, int64_t begin, int
     }
 }
 
-// Decay that goes into the gradient; none of an infinite parameter is none.
-static inline float pull(float decay, float param) { return decay != 0.0f ? decay * param : 0.0f; }
+// A gradient with decay. The two may cancel, so the product is not rounded first; none of an infinite parameter is none.
+static inline float pulled(float grad, float decay, float param) {
+    if (decay == 0.0f) return grad;
+#if defined(__FMA__)
+    return __builtin_fmaf(decay, param, grad);
+#else
+    return float(double(decay) * double(param) + double(grad));
+#endif
+}
 
 // From `a` to `b`, from whichever end is nearer, as torch.lerp does it.
 static inline float blend(float a, float b, float weight) {
@@ -47,7 +54,7 @@ static void adam(const Adam& a, const Operands& t, const Formats& f, int64_t beg
     const Adam c = a;
     sweep<kParam | kFirst | kSecond>(t, f, begin, end, [c](Values p, Given grad, Values m, Values v, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
-            const float g = grad[i] * c.scale + pull(c.decay, p[i]);
+            const float g = pulled(grad[i] * c.scale, c.decay, p[i]);
             const float first = blend(m[i], g, c.one_minus_beta1);
             const float second = c.beta2 * v[i] + c.one_minus_beta2 * (g * g);
             m[i] = first;
@@ -74,7 +81,7 @@ static void adagrad(const Adagrad& a, const Operands& t, const Formats& f, int64
     const Adagrad c = a;
     sweep<kParam | kFirst>(t, f, begin, end, [c](Values p, Given grad, Values sum, Values, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
-            const float g = grad[i] * c.scale + pull(c.decay, p[i]);
+            const float g = pulled(grad[i] * c.scale, c.decay, p[i]);
             const float total = sum[i] + g * g;
             sum[i] = total;
             p[i] = p[i] - (c.rate * g) / (std::sqrt(total) + c.eps);
@@ -86,7 +93,7 @@ static void momentum(const Momentum& a, const Operands& t, const Formats& f, int
     const Momentum c = a;
     if (!c.has_momentum) {
         sweep<kParam>(t, f, begin, end, [c](Values p, Given grad, Values, Values, int64_t count) {
-            for (int64_t i = 0; i < count; ++i) p[i] = p[i] - c.lr * (grad[i] * c.scale + pull(c.decay, p[i]));
+            for (int64_t i = 0; i < count; ++i) p[i] = p[i] - c.lr * (pulled(grad[i] * c.scale, c.decay, p[i]));
         });
         return;
     }
@@ -95,7 +102,7 @@ static void momentum(const Momentum& a, const Operands& t, const Formats& f, int
         const float look = c.nesterov ? c.momentum : 1.0f, own = c.nesterov ? 1.0f : 0.0f;
         if (c.first_time) for (int64_t i = 0; i < count; ++i) m[i] = 0.0f;  // what was there means nothing yet
         for (int64_t i = 0; i < count; ++i) {
-            const float g = grad[i] * c.scale + pull(c.decay, p[i]);
+            const float g = pulled(grad[i] * c.scale, c.decay, p[i]);
             const float moved = keep * m[i] + take * g;
             m[i] = moved;
             p[i] = p[i] - c.lr * (own ? g + look * moved : moved);
