@@ -17,7 +17,7 @@ SOURCE = native.Source(
     "powertrain_cpu_kernels",
     Path(__file__).parent / "cpp",
     (native.Unit("module.cpp"), *native.vector_units("kernels.cpp")),
-    tuple(kernels.NAMES),
+    tuple(name for name, module in kernels.NAMES.items() if module != "layers"),
 )
 """What is built: see ``cpp/table.h``."""
 
@@ -64,8 +64,8 @@ class CpuKernels:
         return PATHS[self._path]
 
     def get(self, name: str) -> Callable[..., Any] | None:
-        """Return the kernel called ``name``."""
-        return getattr(self, name) if name in kernels.NAMES else None
+        """Return the kernel called ``name``; None if it has none."""
+        return getattr(self, name, None) if name in kernels.NAMES else None
 
     def _where(self) -> tuple[int, int]:
         return torch.get_num_threads(), self._path
