@@ -46,9 +46,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), wide, eps).to(x.dtype)
 
 
-def rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys by their position ("RoFormer", Su et al., 2021), in halves as Llama does.
 
     Args:
@@ -130,7 +128,5 @@ def cross_entropy(
     return torch.stack(losses).sum() / (targets != ignore_index).sum()
 
 
-def _summed_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int
-) -> torch.Tensor:
+def _summed_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
     return F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=ignore_index, reduction="sum")

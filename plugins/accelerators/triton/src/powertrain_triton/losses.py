@@ -68,34 +68,46 @@ def cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients while a chunk's logits are there."""
+    """Computes the gradients while a chunk's logits are there.
+
+    They are those of the sum of the losses: one over the number of tokens, which backward multiplies by together
+    with the loss scale, would leave the range of fp16.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, ignored: int, chunk: int) -> torch.Tensor:
         wanted = ctx.needs_input_grad[:2]
-        share = (targets != ignored).sum().float().reciprocal()
         to_hidden = torch.empty_like(hidden) if wanted[0] else None
         # Gradients of 16 bits would lose small chunks beside the sum of many.
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        one = number(1.0, hidden.device)
         for start in range(0, len(hidden), chunk):
             piece = slice(start, start + chunk)
             rows = hidden[piece]
             logits = rows @ weight.T
-            losses[piece] = _over_rows(logits, targets[piece], share, ignored, any(wanted))
+            losses[piece] = _over_rows(logits, targets[piece], one, ignored, any(wanted))
             if to_hidden is not None:
-                torch.mm(logits, weight, out=to_hidden[piece])
+                to_hidden[piece] = logits @ weight
             if to_weight is not None:
                 if weight.dtype == torch.float32:
                     to_weight.addmm_(logits.T, rows)
                 else:
                     to_weight.add_(logits.T @ rows)
-        ctx.save_for_backward(to_hidden, None if to_weight is None else to_weight.to(weight.dtype))
-        return losses.sum() * share
+        if to_weight is not None and weight.dtype == torch.bfloat16:  # fp16 has no room for a sum over all tokens
+            to_weight = to_weight.to(weight.dtype)
+        count = (targets != ignored).sum()
+        ctx.save_for_backward(to_hidden, to_weight, count)
+        ctx.formats = hidden.dtype, weight.dtype
+        return torch.div(losses.sum(), count)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        to_hidden, to_weight = ctx.saved_tensors
-        scaled = [None if gradient is None else gradient * slope.to(gradient.dtype) for gradient in (to_hidden, to_weight)]
+        *gradients, count = ctx.saved_tensors
+        factor = torch.where(count > 0, slope.float() / count, 0.0)
+        scaled = [
+            None if gradient is None else (gradient * factor).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.formats, strict=True)
+        ]
         return *scaled, None, None, None

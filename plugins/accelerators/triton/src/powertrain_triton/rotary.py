@@ -16,10 +16,8 @@ MOST = 1 << 14
 """Elements of all heads of one token that a program holds."""
 
 
-def rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn queries and keys (batch, heads, seq, dim), in whatever order they lie, by their position (Su et al., 2021)."""
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries and keys (batch, heads, seq, dim), in any order in memory, by position (Su et al., 2021)."""
     fits = q.dtype in UPDATED and k.dtype in UPDATED and max(q.shape[1], k.shape[1]) * q.shape[-1] <= MOST
     if not fits or not q.numel() or not k.numel():
         first, second = kernels.reference("rotary")(q, k, cos, sin)
@@ -58,4 +56,5 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_turn(q, k, *ctx.saved_tensors, True), None, None
+        cos, sin = ctx.saved_tensors
+        return *_turn(q, k, cos, sin, True), None, None

@@ -49,7 +49,9 @@ def backward(
     w = widen(tl.load(weight + column, mask=inside, other=0.0))[None, :]
     to_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     to_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    tile = tl.program_id(0)
+    # No range: Triton 3.6's interpreter cannot make an index of a number under numpy 2.4.
+    while tile < tiles:
         row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
         place = row[:, None] * DIM + column[None, :]
@@ -67,6 +69,7 @@ def backward(
         if CENTRED:
             change = change - (tl.sum(d, 1) / DIM)[:, None]
         tl.store(out + place, narrow(change * factor, DTYPE), mask=mask)
+        tile += tl.num_programs(0)
     at = tl.program_id(0).to(tl.int64) * DIM + column
     tl.store(weights + at, tl.sum(to_weight, 0), mask=inside)
     if BIASED:

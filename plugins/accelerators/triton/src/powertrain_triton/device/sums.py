@@ -31,12 +31,14 @@ def gather(partial, ends, blocks, out, COLUMNS: tl.constexpr, BLOCK: tl.constexp
     """
     tensor = tl.program_id(0)
     column = tl.program_id(1)
-    begin = tl.load(ends + tensor) * blocks
+    start = tl.load(ends + tensor) * blocks
     end = tl.load(ends + tensor + 1) * blocks
     total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(begin, end, BLOCK):
+    # No range: Triton 3.6's interpreter cannot make an index of a number under numpy 2.4.
+    while start < end:
         index = start + tl.arange(0, BLOCK)
         total += tl.load(partial + index * COLUMNS + column, mask=index < end, other=0.0)
+        start += BLOCK
     tl.store(out + tensor * COLUMNS + column, tl.sum(total, 0).to(tl.float32))
 
 
