@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from powertrain_triton.device.formats import narrow, widen
+from powertrain_triton.device.formats import largest, narrow, widen
 
 
 @triton.jit
@@ -43,12 +43,12 @@ def quantize(
     high_at = low_at + LENGTH // 2
     low = widen(tl.load(values + low_at, mask=mask, other=0.0))
     high = widen(tl.load(values + high_at, mask=mask, other=0.0))
-    largest = tl.max(tl.maximum(_magnitude(low), _magnitude(high)), 1)
-    found = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.zeros((ROWS,), tl.float32) + top)
+    most = largest(tl.maximum(_magnitude(low), _magnitude(high)), 1)
+    found = tl.div_rn(most.to(tl.float32, bitcast=True), tl.full((ROWS,), 0.0, tl.float32) + top)
     # Rounded up, the scale of the largest floats would make them infinite.
-    found = tl.where((largest < 0x7F800000) & (found > limit), limit, found)
+    found = tl.where((most < 0x7F800000) & (found > limit), limit, found)
     tl.store(scales + row, found, mask=there)
-    steps = (tl.where(found == 0.0, 1.0, found))[:, None] + tl.zeros((ROWS, HALF), tl.float32)
+    steps = (tl.where(found == 0.0, 1.0, found))[:, None] + tl.full((ROWS, HALF), 0.0, tl.float32)
     low = _integers(low, steps, top)
     high = _integers(high, steps, top)
     if BITS == 8:

@@ -94,4 +94,25 @@ def write(row, begin, left, x, COLUMN: tl.constexpr, DTYPE: tl.constexpr, BLOCK:
 def lerp(old, new, keep, take):
     """Return ``keep * old + take * new`` where the two add up to 1; exact at either end, as torch.lerp is."""
     step = new - old
-    return tl.where(take < 0.5, old + take * step, new - step * keep)
+    return tl.where(take < 0.5, tl.fma(step, take, old), tl.fma(step, -keep, new))
+
+
+@triton.jit
+def total(x, AXIS: tl.constexpr):
+    """Return the sums over one axis."""
+    # Of a triton that was imported before the interpreter was chosen, ``tl.sum`` is no function to interpret.
+    if INTERPRETED:
+        found = tl.reduce(x, AXIS, tl.standard._sum_combine)
+    else:
+        found = tl.sum(x, AXIS)
+    return found
+
+
+@triton.jit
+def largest(x, AXIS: tl.constexpr):
+    """Return the largest over one axis."""
+    if INTERPRETED:
+        found = tl.reduce(x, AXIS, tl.standard._elementwise_max)
+    else:
+        found = tl.max(x, AXIS)
+    return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from powertrain_triton.device.formats import FIRST, PARAM, SECOND, TENSOR, lerp, read, write
+from powertrain_triton.device.formats import FIRST, PARAM, SECOND, TENSOR, lerp, read, total, write
 from powertrain_triton.device.updates import gradient, locate, publish
 
 
 @triton.jit
 def _direction(p, m, v, bias1, root_bias2, eps, decay):
-    return tl.div_rn(tl.div_rn(m, bias1), tl.div_rn(tl.sqrt_rn(v), root_bias2) + eps) + decay * p
+    return tl.fma(p, decay, tl.div_rn(tl.div_rn(m, bias1), tl.div_rn(tl.sqrt_rn(v), root_bias2) + eps))
 
 
 @triton.jit
@@ -22,14 +22,14 @@ def _moments(
     g = gradient(row, begin, left, scale, GRADS, BLOCK, FULL)
     p = read(row, begin, left, PARAM, PARAMS, BLOCK, FULL)
     m = lerp(read(row, begin, left, FIRST, STATE, BLOCK, FULL), g, keep1, take1)
-    v = read(row, begin, left, SECOND, STATE, BLOCK, FULL) * keep2 + (take2 * g) * g
+    v = tl.fma(take2 * g, g, read(row, begin, left, SECOND, STATE, BLOCK, FULL) * keep2)
     write(row, begin, left, m, FIRST, STATE, BLOCK, FULL)
     write(row, begin, left, v, SECOND, STATE, BLOCK, FULL)
     # Beyond the end everything is zero, unless eps is: 0 / 0 must not reach the sum.
     there = tl.arange(0, BLOCK) < left
     way = tl.where(there, _direction(p, m, v, bias1, root_bias2, eps, decay), 0.0).to(tl.float64)
     wide = p.to(tl.float64)
-    return tl.sum(wide * wide, 0), tl.sum(way * way, 0)
+    return total(wide * wide, 0), total(way * way, 0)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -65,7 +65,7 @@ def _apply(
     m = read(row, begin, left, FIRST, STATE, BLOCK, FULL)
     v = read(row, begin, left, SECOND, STATE, BLOCK, FULL)
     rate = tl.load(rates + tl.load(row + TENSOR))
-    p = p - rate * _direction(p, m, v, bias1, root_bias2, eps, decay)
+    p = tl.fma(_direction(p, m, v, bias1, root_bias2, eps, decay), -rate, p)
     publish(row, begin, left, p, PARAMS, OUTS, BLOCK, FULL)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from powertrain_triton.device.formats import narrow, widen
+from powertrain_triton.device.formats import largest, narrow, total, widen
 
 
 @triton.jit
@@ -24,15 +24,15 @@ def softmax_cross_entropy(
     kept = target != ignored
     if kept:
         chosen = widen(tl.load(row + target))
-        largest = float("-inf")
-        total = 0.0
+        most = float("-inf")
+        mass = 0.0
         for start in range(0, WIDTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = widen(tl.load(row + column, mask=column < WIDTH, other=float("-inf")))
-            new = tl.maximum(largest, tl.max(x, 0))
-            total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
-            largest = new
-        tl.store(losses + index, tl.log(total) + largest - chosen)
+            new = tl.maximum(most, largest(x, 0))
+            mass = mass * tl.exp(most - new) + total(tl.exp(x - new), 0)
+            most = new
+        tl.store(losses + index, tl.log(mass) + most - chosen)
         if GRADIENT:
             factor = tl.load(scale)
             # The threads that read a logit above need not be those that write over it below.
@@ -40,7 +40,7 @@ def softmax_cross_entropy(
             for start in range(0, WIDTH, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 x = widen(tl.load(row + column, mask=column < WIDTH, other=float("-inf")))
-                share = tl.exp(x - largest) / total
+                share = tl.exp(x - most) / mass
                 share = tl.where(column == target, share - 1.0, share) * factor
                 tl.store(row + column, narrow(share, DTYPE), mask=column < WIDTH)
     else:
@@ -48,4 +48,4 @@ def softmax_cross_entropy(
         if GRADIENT:
             for start in range(0, WIDTH, BLOCK):
                 column = start + tl.arange(0, BLOCK)
-                tl.store(row + column, narrow(tl.zeros((BLOCK,), tl.float32), DTYPE), mask=column < WIDTH)
+                tl.store(row + column, narrow(tl.full((BLOCK,), 0.0, tl.float32), DTYPE), mask=column < WIDTH)

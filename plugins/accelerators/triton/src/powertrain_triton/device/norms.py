@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from powertrain_triton.device.formats import narrow, widen
+from powertrain_triton.device.formats import narrow, total, widen
 
 
 @triton.jit
@@ -22,10 +22,10 @@ def forward(
     place = row[:, None] * DIM + column[None, :]
     value = widen(tl.load(x + place, mask=mask, other=0.0))
     if CENTRED:
-        mean = tl.sum(value, 1) / DIM
+        mean = total(value, 1) / DIM
         tl.store(means + row, mean, mask=row < rows)
         value = tl.where(inside[None, :], value - mean[:, None], 0.0)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / DIM + eps)
+    factor = 1.0 / tl.sqrt_rn(total(value * value, 1) / DIM + eps)
     tl.store(factors + row, factor, mask=row < rows)
     value = value * factor[:, None] * widen(tl.load(weight + column, mask=inside, other=0.0))[None, :]
     if BIASED:
@@ -47,8 +47,8 @@ def backward(
     column = tl.arange(0, BLOCK)
     inside = column < DIM
     w = widen(tl.load(weight + column, mask=inside, other=0.0))[None, :]
-    to_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-    to_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    to_weight = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    to_bias = tl.full((ROWS, BLOCK), 0.0, tl.float32)
     tile = tl.program_id(0)
     # No range: Triton 3.6's interpreter cannot make an index of a number under numpy 2.4.
     while tile < tiles:
@@ -65,12 +65,12 @@ def backward(
         if BIASED:
             to_bias += d
         d = d * w
-        change = d - value * (tl.sum(d * value, 1) / DIM)[:, None]
+        change = d - value * (total(d * value, 1) / DIM)[:, None]
         if CENTRED:
-            change = change - (tl.sum(d, 1) / DIM)[:, None]
+            change = change - (total(d, 1) / DIM)[:, None]
         tl.store(out + place, narrow(change * factor, DTYPE), mask=mask)
         tile += tl.num_programs(0)
     at = tl.program_id(0).to(tl.int64) * DIM + column
-    tl.store(weights + at, tl.sum(to_weight, 0), mask=inside)
+    tl.store(weights + at, total(to_weight, 0), mask=inside)
     if BIASED:
-        tl.store(biases + at, tl.sum(to_bias, 0), mask=inside)
+        tl.store(biases + at, total(to_bias, 0), mask=inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from powertrain_triton.device.formats import PARAM, narrow, read, widen
+from powertrain_triton.device.formats import PARAM, narrow, read, total, widen
 from powertrain_triton.device.updates import locate
 
 
@@ -16,10 +16,10 @@ def squares(table, blocks, partial, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     place = partial + tl.program_id(0)
     if full:
         x = read(row, begin, left, PARAM, DTYPE, BLOCK, True).to(tl.float64)
-        tl.store(place, tl.sum(x * x, 0))
+        tl.store(place, total(x * x, 0))
     else:
         x = read(row, begin, left, PARAM, DTYPE, BLOCK, False).to(tl.float64)
-        tl.store(place, tl.sum(x * x, 0))
+        tl.store(place, total(x * x, 0))
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -33,13 +33,13 @@ def gather(partial, ends, blocks, out, COLUMNS: tl.constexpr, BLOCK: tl.constexp
     column = tl.program_id(1)
     start = tl.load(ends + tensor) * blocks
     end = tl.load(ends + tensor + 1) * blocks
-    total = tl.zeros((BLOCK,), tl.float64)
+    result = tl.full((BLOCK,), 0.0, tl.float64)
     # No range: Triton 3.6's interpreter cannot make an index of a number under numpy 2.4.
     while start < end:
         index = start + tl.arange(0, BLOCK)
-        total += tl.load(partial + index * COLUMNS + column, mask=index < end, other=0.0)
+        result += tl.load(partial + index * COLUMNS + column, mask=index < end, other=0.0)
         start += BLOCK
-    tl.store(out + tensor * COLUMNS + column, tl.sum(total, 0).to(tl.float32))
+    tl.store(out + tensor * COLUMNS + column, total(result, 0).to(tl.float32))
 
 
 @triton.jit
@@ -66,23 +66,23 @@ def combine(
     base = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
     mask = base + index < numel
-    total = _term(addresses + 1, base, index, mask, DTYPE, ALIGNED, NARROW)
+    result = _term(addresses + 1, base, index, mask, DTYPE, ALIGNED, NARROW)
     for term in tl.static_range(1, TERMS):
         x = _term(addresses + 1 + term, base, index, mask, DTYPE, ALIGNED, NARROW)
         if HOW == "max":  # what is not a number is not equal to itself, and stays
-            total = tl.where((total > x) | (total != total), total, x)
+            result = tl.where((result > x) | (result != result), result, x)
         elif HOW == "min":
-            total = tl.where((total < x) | (total != total), total, x)
+            result = tl.where((result < x) | (result != result), result, x)
         else:
-            total = total + x
+            result = result + x
     if HOW == "mean":
         if DTYPE == tl.float64:
-            total = total / tl.load(divisor)
+            result = result / tl.load(divisor)
         else:
-            total = tl.div_rn(total, tl.load(divisor))
+            result = tl.div_rn(result, tl.load(divisor))
     if NARROW:
-        total = narrow(total, DTYPE)
+        result = narrow(result, DTYPE)
     place = tl.load(addresses).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         place = tl.multiple_of(place, 16)
-    tl.store(place + base + index, total, mask=mask)
+    tl.store(place + base + index, result, mask=mask)

@@ -3,7 +3,8 @@
 Formulas and their order are those of ``powertrain.kernels.updates``. Division
 and root are the correctly rounded ones: a GPU waits for memory here, and has
 time for them. A number that is zero is told by a flag, not by multiplying with
-it: zero times infinity is no number.
+it: zero times infinity is no number. Where a product is added, it is not rounded
+first: what is left of two numbers that cancel out is then as exact as torch's.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def _adam(
     if DECAY == "decoupled":
         p = p * decay
     elif DECAY == "gradient":
-        g = g + decay * p
+        g = tl.fma(p, decay, g)
     m = lerp(m, g, keep1, take1)
-    v = v * keep2 + (take2 * g) * g
+    v = tl.fma(take2 * g, g, v * keep2)
     write(row, begin, left, m, FIRST, STATE, BLOCK, FULL)
     write(row, begin, left, v, SECOND, STATE, BLOCK, FULL)
     p = p - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root_bias2) + eps)
@@ -104,10 +105,10 @@ def _lion(
     m = read(row, begin, left, FIRST, STATE, BLOCK, FULL)
     if DECAY:
         p = p * shrink
-    blend = m * keep1 + take1 * g
+    blend = tl.fma(g, take1, m * keep1)
     sign = tl.where(blend > 0, 1.0, tl.where(blend < 0, -1.0, 0.0))  # of NaN it is 0, as torch has it
-    write(row, begin, left, m * keep2 + take2 * g, FIRST, STATE, BLOCK, FULL)
-    publish(row, begin, left, p - lr * sign, PARAMS, OUTS, BLOCK, FULL)
+    write(row, begin, left, tl.fma(g, take2, m * keep2), FIRST, STATE, BLOCK, FULL)
+    publish(row, begin, left, tl.fma(sign, -lr, p), PARAMS, OUTS, BLOCK, FULL)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -140,8 +141,8 @@ def _adagrad(
     p = read(row, begin, left, PARAM, PARAMS, BLOCK, FULL)
     total = read(row, begin, left, FIRST, STATE, BLOCK, FULL)
     if DECAY:
-        g = g + decay * p
-    total = total + g * g
+        g = tl.fma(p, decay, g)
+    total = tl.fma(g, g, total)
     write(row, begin, left, total, FIRST, STATE, BLOCK, FULL)
     p = p - tl.div_rn(rate * g, tl.sqrt_rn(total) + eps)
     publish(row, begin, left, p, PARAMS, OUTS, BLOCK, FULL)
@@ -170,18 +171,18 @@ def _momentum(
     g = gradient(row, begin, left, scale, GRADS, BLOCK, FULL)
     p = read(row, begin, left, PARAM, PARAMS, BLOCK, FULL)
     if DECAY:
-        g = g + decay * p
+        g = tl.fma(p, decay, g)
     if STATE is not None:
         if FRESH:
             m = g
         else:
-            m = read(row, begin, left, FIRST, STATE, BLOCK, FULL) * keep + take * g
+            m = tl.fma(g, take, read(row, begin, left, FIRST, STATE, BLOCK, FULL) * keep)
         write(row, begin, left, m, FIRST, STATE, BLOCK, FULL)
         if NESTEROV:
-            g = g + keep * m
+            g = tl.fma(m, keep, g)
         else:
             g = m
-    publish(row, begin, left, p - lr * g, PARAMS, OUTS, BLOCK, FULL)
+    publish(row, begin, left, tl.fma(g, -lr, p), PARAMS, OUTS, BLOCK, FULL)
 
 
 @triton.jit(do_not_specialize=["blocks"])
