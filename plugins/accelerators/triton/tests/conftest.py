@@ -13,7 +13,9 @@ import torch
 GPU = torch.cuda.device_count() > 0
 
 # Triton has no wheels for some systems; what the library does there has its own test.
-collect_ignore = [] if find_spec("triton") else ["test_updates.py", "test_sums.py", "test_blockwise.py", "test_layers.py"]
+collect_ignore = (
+    [] if find_spec("triton") else ["test_updates.py", "test_sums.py", "test_blockwise.py", "test_layers.py"]
+)
 
 if find_spec("triton") and not GPU:
     # Triton asks for it when a function is decorated. Its own functions stay compiled ones, whoever imports it first,

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from exactness import assert_as_exact
-from powertrain_triton import table, updates
 
 from powertrain.kernels import reference
 from powertrain.kernels.updates import Operands
+from powertrain_triton import table, updates
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
-LENGTHS = (1, 7, 16, 129, 1023, 1024, 1040, 2500, 0)
+LENGTHS = (1, 1023, 16, 1024, 129, 2060, 0)
 LISTS = ("params", "grads", "firsts", "seconds", "outs")
 FORMATS = [(F, F, F, None), (F, B, F, B), (B, B, B, None), (F, H, F, H), (F, F, B, B), (H, F, F, F)]
 """Of parameters, gradients, state and outs."""
@@ -121,12 +121,22 @@ RULES: list[tuple[Callable[..., Exact], dict[str, Any]]] = [
 ]
 
 
-def unclear(rule: Callable[..., Exact], g: Any, m: Any, o: dict[str, Any]) -> torch.Tensor:
-    """Return where Lion's sign hangs on the last bit: there either is right."""
-    if rule is not lion:
-        return torch.zeros_like(g, dtype=torch.bool)
-    kept, taken = o["beta1"] * m, (1 - o["beta1"]) * g
-    return (kept + taken).abs() <= 1e-6 * (kept.abs() + taken.abs())
+def cancelled(*terms: torch.Tensor) -> torch.Tensor:
+    """Return where little is left of a sum: its error is then luck, for the reference as well."""
+    return sum(terms).abs() < sum(term.abs() for term in terms) / 4  # type: ignore[union-attr]
+
+
+def unclear(rule: Callable[..., Exact], p: Any, g: Any, m: Any, o: dict[str, Any]) -> torch.Tensor:
+    """Return where a sum on the way cancels out; the last one, with the parameter itself, is judged by its terms."""
+    decay = 0.0 if o.get("decoupled", rule is lion) else o["weight_decay"]
+    found = cancelled(g, decay * p) if decay else torch.zeros_like(g, dtype=torch.bool)
+    if rule is momentum:
+        g = g + decay * p if decay else g
+        new = o["momentum"] * m + (1 - o["dampening"]) * g
+        return found | cancelled(new - (1 - o["dampening"]) * g, (1 - o["dampening"]) * g) | cancelled(g, new)
+    if rule in (adam, lion):
+        found |= cancelled(o["beta1"] * m, (1 - o["beta1"]) * (g + decay * p if decay else g))
+    return found
 
 
 @pytest.mark.parametrize("formats", FORMATS, ids=lambda kinds: "-".join(str(k).removeprefix("torch.") for k in kinds))
@@ -143,11 +153,14 @@ def test_updates_are_as_exact_as_the_reference(formats: Any, device: torch.devic
             for row, (p, g, m) in enumerate(zip(given.params, given.grads, given.firsts, strict=True)):
                 v = given.seconds[row].double() if given.seconds else None
                 exact = rule(p.double(), g.double() * 0.37, m.double(), v, options)
-                judged = ~unclear(rule, g.double() * 0.37, m.double(), options)
+                judged = ~unclear(rule, p.double(), g.double() * 0.37, m.double(), options)
+                terms = {"params": p, "outs": p, "firsts": torch.maximum(g.float().abs(), m.float().abs())}
                 for name, result in zip(("params", "firsts", "seconds", "outs"), (*exact, exact[0]), strict=True):
                     if getattr(given, name):
                         pair = (getattr(side, name)[row][judged] for side in (mine, theirs))
-                        assert_as_exact(*pair, result[judged], f"{rule.__name__} {options}, {name}, row {row}")
+                        beside = terms[name].double()[judged] if name in terms else None
+                        what = f"{rule.__name__} {options}, {name}, row {row}"
+                        assert_as_exact(*pair, result[judged], what, beside)
                 assert torch.equal(mine.grads[row].nan_to_num(), g.nan_to_num())
 
 
@@ -158,14 +171,16 @@ def test_descent_without_momentum(device: torch.device) -> None:
     options = {**MOMENTUM, "momentum": 0.0, "scale": 0.5}
     updates.momentum(mine, **options)
     reference("momentum")(theirs, **options)
-    for name in ("params", "outs"):
-        for own, other in zip(getattr(mine, name), getattr(theirs, name), strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-6, atol=0.0, equal_nan=True)
+    for row, (p, g) in enumerate(zip(given.params, given.grads, strict=True)):
+        exact, *_ = momentum(p.double(), g.double() * 0.5, None, None, options)
+        for name in ("params", "outs"):
+            own, other = (getattr(side, name)[row] for side in (mine, theirs))
+            assert_as_exact(own, other, exact, f"{name}, row {row}", torch.maximum(p.abs(), g.float().abs()).double())
 
 
 @pytest.mark.parametrize("formats", [(F, B, F, B), (B, B, B, None)], ids=["mixed", "bf16"])
 def test_lamb_is_as_exact_as_the_reference(formats: Any, device: torch.device) -> None:
-    """Moments, sums of squares and the step, with an infinite rate of nothing in between."""
+    """Moments, sums of squares and the step."""
     shared = {"step": 4, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.01}
     given = operands(1, formats, device)
     mine, theirs = copied(given), copied(given)
@@ -173,7 +188,10 @@ def test_lamb_is_as_exact_as_the_reference(formats: Any, device: torch.device) -
     other = reference("lamb_moments")(without(theirs, "outs"), **shared, scale=0.37)
     assert own.shape == (len(given.params), 2)
     torch.testing.assert_close(own, other, rtol=1e-6, atol=0.0, equal_nan=True)
-    moments = copied(theirs)
+    for name in ("firsts", "seconds"):
+        for one, two in zip(getattr(mine, name), getattr(theirs, name), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-40, equal_nan=True)
+    moments, mine = copied(theirs), copied(theirs)
     rates = torch.rand(len(given.params), generator=torch.Generator().manual_seed(0)).to(device)
     updates.lamb_apply(mine, rates=rates, **shared)
     reference("lamb_apply")(theirs, rates=rates, **shared)
@@ -182,11 +200,7 @@ def test_lamb_is_as_exact_as_the_reference(formats: Any, device: torch.device) -
         p, m, v = (getattr(moments, name)[row].double() for name in ("params", "firsts", "seconds"))
         exact = p - rate * (m / bias1 / (v.sqrt() / bias2 + 1e-6) + 0.01 * p)
         for name in ("params", "outs") if given.outs else ("params",):
-            assert_as_exact(getattr(mine, name)[row], getattr(theirs, name)[row], exact, f"{name}, row {row}")
-        for name in ("firsts", "seconds"):
-            torch.testing.assert_close(
-                getattr(mine, name)[row], getattr(theirs, name)[row], rtol=1e-2, atol=1e-40, equal_nan=True
-            )
+            assert_as_exact(getattr(mine, name)[row], getattr(theirs, name)[row], exact, f"{name}, row {row}", p)
 
 
 def test_rows_of_several_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

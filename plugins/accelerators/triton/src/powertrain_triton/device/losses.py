@@ -32,7 +32,7 @@ def softmax_cross_entropy(
             new = tl.maximum(most, largest(x, 0))
             mass = mass * tl.exp(most - new) + total(tl.exp(x - new), 0)
             most = new
-        tl.store(losses + index, tl.log(mass) + most - chosen)
+        tl.store(losses + index, tl.log(mass) - (chosen - most))  # a common offset is gone before it can round
         if GRADIENT:
             factor = tl.load(scale)
             # The threads that read a logit above need not be those that write over it below.
