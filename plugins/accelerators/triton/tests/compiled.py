@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import triton
-from powertrain_triton import table
-from powertrain_triton.offer import NAMES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from powertrain.kernels.updates import Operands
+from powertrain_triton import table
+from powertrain_triton.offer import NAMES
 
 STEP = {"step": 3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
