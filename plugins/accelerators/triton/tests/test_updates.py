@@ -16,6 +16,7 @@ from powertrain_triton import table, updates
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
 LENGTHS = (1, 1023, 16, 1024, 129, 2060, 0)
+KINDS = ("plain", "spread", "tiny", "huge", "odd")
 LISTS = ("params", "grads", "firsts", "seconds", "outs")
 FORMATS = [(F, F, F, None), (F, B, F, B), (B, B, B, None), (F, H, F, H), (F, F, B, B), (H, F, F, F)]
 """Of parameters, gradients, state and outs."""
@@ -45,7 +46,7 @@ def operands(seed: int, formats: tuple[Any, ...], device: torch.device) -> Opera
     lists: dict[str, list[torch.Tensor]] = {name: [] for name in LISTS}
     param, grad, state, out = formats
     kinds = dict(zip(LISTS, (param, grad, state, state, out), strict=True))
-    cases = [(length, kind) for kind in ("plain", "spread", "tiny", "huge", "odd") for length in LENGTHS[seed % 2 :: 2]]
+    cases = [(length, kind) for kind in KINDS for length in LENGTHS[seed % 2 :: 2]]
     for length, kind in cases:
         for name, dtype in kinds.items():
             if dtype is None:
@@ -56,6 +57,11 @@ def operands(seed: int, formats: tuple[Any, ...], device: torch.device) -> Opera
             room[shift:] = (x.abs() if name in ("firsts", "seconds") else x).to(dtype)
             lists[name].append(room[shift:])
     return Operands(**lists)
+
+
+def joined(given: Operands, name: str, start: int, count: int) -> torch.Tensor:
+    """Return some tensors of a list as one; nothing of an empty list."""
+    return torch.cat(list(getattr(given, name)[start : start + count]) or [torch.zeros(0)])
 
 
 def copied(given: Operands) -> Operands:
@@ -122,8 +128,8 @@ RULES: list[tuple[Callable[..., Exact], dict[str, Any]]] = [
 
 
 def cancelled(*terms: torch.Tensor) -> torch.Tensor:
-    """Return where little is left of a sum: its error is then luck, for the reference as well."""
-    return sum(terms).abs() < sum(term.abs() for term in terms) / 4  # type: ignore[union-attr]
+    """Return where less than half is left of a sum: its error is then luck, for the reference as well."""
+    return sum(terms).abs() < sum(term.abs() for term in terms) / 2  # type: ignore[union-attr]
 
 
 def unclear(rule: Callable[..., Exact], p: Any, g: Any, m: Any, o: dict[str, Any]) -> torch.Tensor:
@@ -150,18 +156,22 @@ def test_updates_are_as_exact_as_the_reference(formats: Any, device: torch.devic
             mine, theirs = copied(given), copied(given)
             getattr(updates, rule.__name__)(mine, **options, scale=scale)
             reference(rule.__name__)(theirs, **options, scale=scale)
-            for row, (p, g, m) in enumerate(zip(given.params, given.grads, given.firsts, strict=True)):
-                v = given.seconds[row].double() if given.seconds else None
-                exact = rule(p.double(), g.double() * 0.37, m.double(), v, options)
-                judged = ~unclear(rule, p.double(), g.double() * 0.37, m.double(), options)
-                terms = {"params": p, "outs": p, "firsts": torch.maximum(g.float().abs(), m.float().abs())}
+            # One kind of values at a time: the reference's worst error of a handful of numbers would be luck.
+            each = len(given.params) // len(KINDS)
+            for kind, start in zip(KINDS, range(0, len(given.params), each), strict=True):
+                before, own, other = (
+                    {name: joined(side, name, start, each) for name in LISTS} for side in (given, mine, theirs)
+                )
+                p, g, m, v = (before[name].double() for name in LISTS[:4])
+                exact = rule(p, g * 0.37, m, v, options)
+                judged = ~unclear(rule, p, g * 0.37, m, options)
+                terms = {"params": p, "outs": p, "firsts": torch.maximum(g.abs(), m.abs())}
                 for name, result in zip(("params", "firsts", "seconds", "outs"), (*exact, exact[0]), strict=True):
                     if getattr(given, name):
-                        pair = (getattr(side, name)[row][judged] for side in (mine, theirs))
-                        beside = terms[name].double()[judged] if name in terms else None
-                        what = f"{rule.__name__} {options}, {name}, row {row}"
-                        assert_as_exact(*pair, result[judged], what, beside)
-                assert torch.equal(mine.grads[row].nan_to_num(), g.nan_to_num())
+                        beside = terms[name][judged] if name in terms else None
+                        what = f"{rule.__name__} {options}, {name}, {kind}"
+                        assert_as_exact(own[name][judged], other[name][judged], result[judged], what, beside)
+                assert torch.equal(own["grads"].nan_to_num(), before["grads"].nan_to_num())
 
 
 def test_descent_without_momentum(device: torch.device) -> None:
@@ -205,10 +215,10 @@ def test_lamb_is_as_exact_as_the_reference(formats: Any, device: torch.device) -
 
 def test_rows_of_several_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a row of the table has several blocks, the result is the same, in programs that find nothing to do too."""
-    given = without(operands(0, (F, F, F, None), device), "outs")
+    given = operands(1, (F, F, F, None), device)
     one, several = copied(given), copied(given)
     updates.adam(one, **ADAM)
-    monkeypatch.setattr(table, "ROWS", 5)
+    monkeypatch.setattr(table, "ROWS", 1)
     assert table.Table.of([given.params]).blocks > 1
     updates.adam(several, **ADAM)
     for own, other in zip(one.params, several.params, strict=True):
