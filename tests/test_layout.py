@@ -37,8 +37,11 @@ def read(manifest: Path) -> dict[str, Any]:
 
 
 PACKAGES = [manifest.parent for manifest in manifests() if manifest.parent != ROOT]
-PLUGINS = [package for package in PACKAGES if package != ROOT / "core"]
+BESIDE = [package for package in PACKAGES if package != ROOT / "core"]
+LIBRARIES = [ROOT / "plugins/accelerators/triton"]
+PLUGINS = [package for package in BESIDE if package not in LIBRARIES]
 of_packages = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+of_libraries = pytest.mark.parametrize("package", LIBRARIES, ids=lambda path: path.name)
 of_plugins = pytest.mark.parametrize("package", PLUGINS, ids=lambda path: path.name)
 
 
@@ -61,7 +64,7 @@ def test_the_workspace_has_every_package() -> None:
     extras = root["project"]["optional-dependencies"]
     assert set(extras) == {package.name for package in PLUGINS} | {"all"}
     linter = root["tool"]["importlinter"]
-    modules = {f"powertrain_{package.name}" for package in PLUGINS}
+    modules = {f"powertrain_{package.name}" for package in BESIDE}
     assert set(linter["root_packages"]) == modules | {"powertrain"}
     contracts = {contract["id"]: contract for contract in linter["contracts"]}
     assert set(contracts["independence"]["modules"]) == modules
@@ -94,7 +97,7 @@ def test_packages_move_in_lock_step(package: Path) -> None:
     assert project["keywords"]
     (module,) = [path for path in (package / "src").iterdir() if path.suffix != ".egg-info"]
     assert f'__version__ = "{root["version"]}"' in (module / "__init__.py").read_text(encoding="utf-8")
-    if package in PLUGINS:
+    if package in BESIDE:
         assert f"powertrain-core=={root['version']}" in project["dependencies"]
 
 
@@ -110,6 +113,27 @@ def test_one_word_in_four_places(package: Path) -> None:
     assert point[0] == name
     assert point[1].startswith(f"powertrain_{name}.plugin:")
     assert load(name).name == name
+
+
+@of_libraries
+def test_libraries_offer_nothing_by_themselves(package: Path) -> None:
+    """A library has its plugins' shape but no entry point, and plugins that require it in its very version."""
+    own, name = read(package / "pyproject.toml"), package.name
+    project = own["project"]
+    assert project["name"] == f"powertrain-{name}"
+    assert own["tool"]["flit"]["module"]["name"] == f"powertrain_{name}"
+    assert "entry-points" not in project
+    assert "powertrain-plugin" not in project["keywords"]
+    line = f"{project['name']}=={project['version']}"
+    users = {plugin.name for plugin in PLUGINS if line in read(plugin / "pyproject.toml")["project"]["dependencies"]}
+    imports = re.compile(rf"^\s*(?:from|import) powertrain_{name}\b", re.MULTILINE)
+    importers = {
+        plugin.name
+        for plugin in PLUGINS
+        if any(imports.search(file.read_text(encoding="utf-8")) for file in (plugin / "src").rglob("*.py"))
+    }
+    assert users
+    assert importers == users
 
 
 @of_plugins
@@ -136,9 +160,9 @@ def test_keywords_name_the_roles(package: Path) -> None:
     }
 
 
-@of_plugins
-def test_plugins_declare_what_they_import(package: Path) -> None:
-    """Each third-party package that a plugin imports stands in its dependencies, or in an extra."""
+@pytest.mark.parametrize("package", BESIDE, ids=lambda path: path.name)
+def test_packages_declare_what_they_import(package: Path) -> None:
+    """Each third-party package that a package imports stands in its dependencies, or in an extra."""
     project = read(package / "pyproject.toml")["project"]
     extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
     declared = {re.split(r"[<>=~\[]", line)[0].replace("-", "_") for line in [*project["dependencies"], *extras]}

@@ -3,7 +3,8 @@
 ``kernel(accelerator, name)`` returns the device's own kernel, or the reference here, which takes the same
 arguments and gives the same answer. The functions of this package are that reference: ``adam``, ``lion``,
 ``adagrad``, ``momentum``, ``lamb_moments`` and ``lamb_apply`` (in ``updates``), ``sums_of_squares`` and
-``combine`` (in ``sums``), ``quantize`` and ``dequantize`` (in ``blockwise``).
+``combine`` (in ``sums``), ``quantize`` and ``dequantize`` (in ``blockwise``), ``rms_norm``, ``layer_norm``,
+``rotary``, ``swiglu``, ``softmax_cross_entropy`` and ``cross_entropy`` (in ``layers``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ NAMES = {
     "combine": "sums",
     "quantize": "blockwise",
     "dequantize": "blockwise",
+    "rms_norm": "layers",
+    "layer_norm": "layers",
+    "rotary": "layers",
+    "swiglu": "layers",
+    "softmax_cross_entropy": "layers",
+    "cross_entropy": "layers",
 }
 """Every kernel, and the module of this package that has its reference."""
 

@@ -97,7 +97,7 @@ def test_bf16_needs_units_not_emulation(bf16: bool) -> None:
 def test_optional_parts_and_libraries() -> None:
     """Streams, pinned memory and graphs are there; NCCL comes before gloo."""
     accelerator = CudaAccelerator(gpus())
-    assert accelerator.capabilities == {"streams", "pinned", "graphs"}
+    assert accelerator.capabilities == {"streams", "pinned", "graphs", "kernels"}
     assert accelerator.backends() == ("nccl", "gloo")
 
 

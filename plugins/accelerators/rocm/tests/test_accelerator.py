@@ -95,7 +95,7 @@ def test_number_formats() -> None:
 def test_optional_parts_and_libraries() -> None:
     """Streams, pinned memory and graphs are there; RCCL, which torch calls nccl, comes before gloo."""
     accelerator = RocmAccelerator(gpus())
-    assert accelerator.capabilities == {"streams", "pinned", "graphs"}
+    assert accelerator.capabilities == {"streams", "pinned", "graphs", "kernels"}
     assert accelerator.backends() == ("nccl", "gloo")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from powertrain.roles.torch_device import TorchDeviceAccelerator
 from powertrain.torch_build import torch_build
+from powertrain_triton.offer import Offer
 
 DRIVER = Path("/sys/module/amdgpu/version")
 """Where the kernel module says its version (Linux; absent for the one built into the kernel)."""
@@ -21,10 +23,18 @@ class RocmAccelerator(TorchDeviceAccelerator):
     device_type: ClassVar[str] = "cuda"
     build: ClassVar[str | None] = "hip"
 
+    def __init__(self, module: Any = None) -> None:
+        super().__init__(module)
+        self._kernels = Offer()
+
     @property
     def capabilities(self) -> frozenset[str]:
-        """Return ``streams``, ``pinned`` and ``graphs``."""
-        return super().capabilities | {"graphs"}
+        """Return ``streams``, ``pinned``, ``graphs`` and ``kernels``."""
+        return super().capabilities | {"graphs", "kernels"}
+
+    def kernel(self, name: str) -> Callable[..., Any] | None:
+        """Return the Triton kernel called ``name``; None where triton cannot run, which is said once."""
+        return self._kernels.get(name)
 
     def backends(self) -> tuple[str, ...]:
         """Return RCCL, which torch calls ``nccl``, then gloo, which goes through host memory."""

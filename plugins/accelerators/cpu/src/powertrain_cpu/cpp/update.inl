@@ -32,19 +32,23 @@ static inline void sweep(const Operands& t, const Formats& f, int64_t begin, int
     }
 }
 
-// A gradient with decay. The two may cancel, so the product is not rounded first; none of an infinite parameter is none.
-static inline float pulled(float grad, float decay, float param) {
-    if (decay == 0.0f) return grad;
+// a * b + c, rounded once: where the two may cancel, the rounding of the product would be all that is left.
+static inline float fused(float a, float b, float c) {
 #if defined(__FMA__)
-    return __builtin_fmaf(decay, param, grad);
+    return __builtin_fmaf(a, b, c);
 #else
-    return float(double(decay) * double(param) + double(grad));
+    return float(double(a) * double(b) + double(c));
 #endif
+}
+
+// A gradient with decay; none of an infinite parameter is none.
+static inline float pulled(float grad, float decay, float param) {
+    return decay == 0.0f ? grad : fused(decay, param, grad);
 }
 
 // From `a` to `b`, from whichever end is nearer, as torch.lerp does it.
 static inline float blend(float a, float b, float weight) {
-    return weight < 0.5f ? a + weight * (b - a) : b - (b - a) * (1.0f - weight);
+    return weight < 0.5f ? fused(weight, b - a, a) : fused(weight - 1.0f, b - a, b);
 }
 
 using Values = float* __restrict;
