@@ -257,7 +257,8 @@ def _update(own: CpuKernels, name: str, draw: random.Random, generator: torch.Ge
 def _no_sign(grad: torch.Tensor, first: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     """Return where the two terms whose sum's sign is Lion's step cancel: rounding decides which way it goes."""
     terms = first.double() * numbers["beta1"], grad.double() * numbers["scale"] * (1 - numbers["beta1"])
-    return (terms[0] + terms[1]).abs() <= 1e-6 * (terms[0].abs() + terms[1].abs())
+    cancelled: torch.Tensor = (terms[0] + terms[1]).abs() <= 1e-6 * (terms[0].abs() + terms[1].abs())
+    return cancelled
 
 
 # --- sums ------------------------------------------------------------------------------

@@ -1,0 +1,102 @@
+"""One rank of benchmarks/collectives.py: reads what to time, a line each, and answers with seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+warnings.simplefilter("ignore")
+Action = Callable[[], Any]
+
+
+def answer(text: str) -> None:
+    print(f"= {text}", flush=True)
+
+
+def gloo(name: str, whole: torch.Tensor, piece: torch.Tensor) -> Action:
+    return {
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, whole),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, piece),
+    }[name]
+
+
+def ours() -> Callable[[str, int], Action]:
+    """Connect as an engine would; return what makes an action of a name and a size."""
+    from powertrain.environment import Rank
+    from powertrain.mesh import Mesh
+    from powertrain_comm.shm.start import share
+    from powertrain_comm.transport import TorchCommunicator
+
+    rank = Rank.from_environment()
+    mesh = Mesh.build(rank.world_size, rank.index)
+    inner = TorchCommunicator("gloo", torch.device("cpu"), mesh, rank, 120.0)
+    comm = share(inner, rank, 120.0, asked=True)
+    tensors: dict[tuple[str, int], torch.Tensor] = {}
+
+    def tensor(where: str, numel: int) -> torch.Tensor:
+        if (where, numel) not in tensors:
+            made = comm.empty(numel, torch.float32) if where == "empty" else torch.empty(numel)
+            tensors[where, numel] = made.fill_(1e-6)
+        return tensors[where, numel]
+
+    def make(what: str, numel: int) -> Action:
+        where, _, name = what.partition(":")
+        whole = tensor("empty" if where == "empty" else "any", numel)
+        size = numel // rank.world_size
+        if where == "plain":
+            half, other = numel // 2, tensor("other", numel)
+            return {
+                "rmw": lambda: whole.add_(1e-9),
+                "copy": lambda: other.copy_(whole),
+                "add": lambda: torch.add(whole[:half], whole[half:], out=other[:half]),
+            }[name]
+        piece = tensor("piece", size)
+        if where == "gloo":
+            return gloo(name, whole, piece)
+        if name == "all_gather" and where == "empty":
+            piece = whole[size * rank.index : size * (rank.index + 1)]
+        return {
+            "all_reduce": lambda: comm.all_reduce(whole).wait(),
+            "reduce_scatter": lambda: comm.reduce_scatter(piece, whole).wait(),
+            "all_gather": lambda: comm.all_gather(whole, piece).wait(),
+        }[name]
+
+    return make
+
+
+def deepspeed() -> Callable[[str, int], Action]:
+    """Let DeepSpeed connect the ranks; its all_reduce through shared memory is the one of its inference."""
+    import deepspeed as peer
+
+    peer.init_distributed("gloo")
+    tensors: dict[int, torch.Tensor] = {}
+
+    def make(what: str, numel: int) -> Action:
+        whole = tensors.setdefault(numel, torch.full((numel,), 1e-6))
+        return lambda: peer.comm.inference_all_reduce(whole)
+
+    return make
+
+
+def main(kind: str) -> None:
+    torch.set_num_threads(1)
+    make = {"ours": ours, "deepspeed": deepspeed}[kind]()
+    answer("ready")
+    for line in sys.stdin:
+        what, megabytes = line.split()
+        action = make(what, int(float(megabytes) * 2**20) // 4)
+        dist.barrier()
+        started = time.perf_counter()
+        action()
+        answer(str(time.perf_counter() - started))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
