@@ -76,6 +76,7 @@ TABLES = {
 COMMANDS = {
     "config": ["check", "init", "schema", "show"],
     "doctor": [],
+    "kernels": ["build", "list", "test"],
     "launch": [],
     "plugins": ["new", "test"],
 }

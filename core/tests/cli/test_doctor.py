@@ -10,7 +10,9 @@ import pytest
 
 from powertrain.cli.probes import machine
 
-AREAS = {"versions", "system", "accelerators", "collectives", "compiler", "disk", "network", "environment", "plugins"}
+AREAS = {
+    "versions", "system", "accelerators", "collectives", "compiler", "disk", "kernels", "network", "environment", "plugins",
+}  # fmt: skip
 
 ACCELERATOR = """
 import os, time

@@ -96,7 +96,7 @@ def test_optional_parts_fall_back() -> None:
     """Without streams and pinned memory the role's defaults stand in, and gloo connects ranks."""
     cpu = CpuAccelerator()
     tensor = torch.ones(2)
-    assert cpu.capabilities == frozenset()
+    assert cpu.capabilities == {"kernels"}
     assert cpu.pin(tensor) is tensor
     assert cpu.backends() == ("gloo",)
     with cpu.use_stream(cpu.stream(CPU)):
