@@ -26,4 +26,7 @@ SOURCE = native.Source(
     (native.Unit("module.cpp", ("-O1",)), *native.vector_units("kernels.cpp")),
     KERNELS,
 )
-"""What is built: see ``cpp/table.h``. The module's own unit has no loop that counts, and most of pybind11 to compile."""
+"""What is built: see ``cpp/table.h``.
+
+The module's own unit has no loop that counts, and all of pybind11 to compile: hence -O1.
+"""
