@@ -22,11 +22,13 @@ from pathlib import Path
 from powertrain.environment import cache_directory
 from powertrain.errors import BuildFailed
 from powertrain.native.source import FLAGS, INCLUDE, Source
-from powertrain.native.toolchain import Toolchain, processor
+from powertrain.native.toolchain import Toolchain, libc, processor
 
 _log = logging.getLogger("powertrain.native")
 
-SUFFIXES = (".h", ".hpp", ".inl")
+SUFFIXES = (".h", ".hh", ".hpp", ".hxx", ".inc", ".inl", ".ipp", ".tpp", ".c", ".cc", ".cpp", ".cxx")
+"""Of files that a unit may include."""
+
 POLL = 0.05
 TOLD_AFTER = 3.0
 """Seconds after which a process that waits says for whom."""
@@ -46,7 +48,8 @@ def key(source: Source, tools: Toolchain) -> str:
             data = part.encode() if isinstance(part, str) else part
             digest.update(len(data).to_bytes(8, "little") + data)
 
-    take(tools.version, processor(), version("pybind11"), sysconfig.get_config_var("EXT_SUFFIX") or "")
+    take(tools.version, *tools.compiler[1:], processor(), libc())
+    take(version("pybind11"), sysconfig.get_config_var("EXT_SUFFIX") or "")
     take(*FLAGS, *source.libraries)
     for unit in source.units:
         take(unit.name, *unit.flags, (source.directory / unit.file).read_bytes())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -27,10 +26,9 @@ def load(source: Source) -> ModuleType:
     built = build(source)
     try:
         return _import(source, built)
-    except ImportError as error:  # a damaged file: once more, from the source
-        _log.warning("%s does not load (%s); building it again", built.path, error)
-        shutil.rmtree(built.path.parent, ignore_errors=True)
-    built = build(source)
+    except ImportError as error:  # made on another system, perhaps: once more, from the source
+        _log.info("%s does not load (%s); building it again", built.path, error)
+    built = build(source, broken=built)
     try:
         return _import(source, built)
     except ImportError as error:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -15,6 +19,8 @@ from powertrain.environment import setting
 from powertrain.errors import CompilerMissing
 
 COMPILERS = ("c++", "g++", "clang++")
+ANSWER = 60.0
+"""Seconds in which a compiler says its version, on a busy machine too."""
 
 
 @attrs.frozen
@@ -22,12 +28,12 @@ class Toolchain:
     """A C++ compiler and ninja.
 
     Attributes:
-        compiler: its path.
+        compiler: its path, and the arguments that ``CXX`` gives it.
         version: the first line of what it says of itself.
         ninja: the path of ninja.
     """
 
-    compiler: str
+    compiler: tuple[str, ...]
     version: str
     ninja: str
 
@@ -38,16 +44,7 @@ def toolchain() -> Toolchain:
     Raises:
         CompilerMissing: there is no compiler, no ninja, or no Python header to compile against.
     """
-    asked = setting("CXX")
-    found = shutil.which(asked) if asked else next(filter(None, map(shutil.which, COMPILERS)), None)
-    if found is None:
-        raise CompilerMissing(
-            f"CXX names no compiler: {asked}" if asked else "there is no C++ compiler",
-            where="CXX" if asked else "PATH",
-            expected="one of " + ", ".join(COMPILERS),
-        )
-    answer = subprocess.run([found, "--version"], capture_output=True, text=True, check=False, timeout=30)
-    version = (answer.stdout or answer.stderr).partition("\n")[0].strip()
+    compiler, version = _compiler()
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     if not headers.exists():
         raise CompilerMissing(
@@ -55,14 +52,36 @@ def toolchain() -> Toolchain:
             where=str(headers.parent),
             remedy="install them (Debian and Ubuntu: python3-dev; Fedora: python3-devel)",
         )
-    return Toolchain(found, version, _ninja())
+    return Toolchain(compiler, version, _ninja())
+
+
+def _compiler() -> tuple[tuple[str, ...], str]:
+    """Return the compiler and its version; like make, take ``CXX`` for a command with arguments."""
+    asked = setting("CXX")
+    try:
+        program, *arguments = shlex.split(asked) if asked else [next(filter(shutil.which, COMPILERS))]
+        found = shutil.which(program)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+        answer = subprocess.run(
+            [found, *arguments, "--version"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=True, timeout=ANSWER,
+        )  # fmt: skip
+    except (OSError, ValueError, StopIteration, subprocess.SubprocessError) as error:
+        raise CompilerMissing(
+            f"CXX names no compiler: {asked}" if asked else "there is no C++ compiler",
+            where="CXX" if asked else "PATH",
+            expected="one of " + ", ".join(COMPILERS),
+            found=str(error) or None,
+        ) from error
+    return (found, *arguments), (answer.stdout or answer.stderr).partition("\n")[0].strip()
 
 
 def _ninja() -> str:
     if find_spec("ninja") is not None:
         import ninja
 
-        packaged = shutil.which("ninja", path=ninja.BIN_DIR)
+        packaged = shutil.which("ninja", path=getattr(ninja, "BIN_DIR", None))
         if packaged is not None:
             return packaged
     found = shutil.which("ninja")
@@ -82,3 +101,10 @@ def processor() -> str:
     except OSError:
         features = platform.processor()
     return f"{platform.machine()} {features}"
+
+
+def libc() -> str:
+    """Return the C library and its version: what was linked against a newer one does not load with an older."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # only glibc says
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    return ""

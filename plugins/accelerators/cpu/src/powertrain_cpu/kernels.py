@@ -31,6 +31,10 @@ FORMATS = {
 UPDATED = (torch.float32, torch.bfloat16, torch.float16)
 """Types of parameters, gradients and state."""
 
+FIRSTS = ("firsts",)
+BOTH = ("firsts", "seconds")
+"""The state that a rule must be given."""
+
 REDUCTIONS: dict[Reduction, int] = {"sum": 0, "mean": 1, "max": 2, "min": 3}
 INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int64)
 
@@ -78,9 +82,8 @@ class CpuKernels:
         """Update by Adam or AdamW; see ``powertrain.kernels.updates``."""
         bias1, root_bias2 = corrections(step, beta1, beta2)
         decay, shrink = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
-        group = _group(operands)
         numbers = (float(scale), beta1, beta2, eps, decay, shrink, lr / bias1, root_bias2)
-        self._module.adam(group, *numbers, *self._where())
+        self._module.adam(_group(operands, BOTH), *numbers, *self._where())
 
     def lion(
         self,
@@ -93,7 +96,8 @@ class CpuKernels:
         scale: float | torch.Tensor = 1.0,
     ) -> None:
         """Update by Lion; see ``powertrain.kernels.updates``."""
-        self._module.lion(_group(operands), float(scale), lr, beta1, beta2, 1 - lr * weight_decay, *self._where())
+        numbers = (float(scale), lr, beta1, beta2, 1 - lr * weight_decay)
+        self._module.lion(_group(operands, FIRSTS), *numbers, *self._where())
 
     def adagrad(
         self,
@@ -108,7 +112,7 @@ class CpuKernels:
     ) -> None:
         """Update by Adagrad; see ``powertrain.kernels.updates``."""
         rate = lr / (1 + (step - 1) * lr_decay)
-        self._module.adagrad(_group(operands), float(scale), rate, eps, weight_decay, *self._where())
+        self._module.adagrad(_group(operands, FIRSTS), float(scale), rate, eps, weight_decay, *self._where())
 
     def momentum(
         self,
@@ -139,7 +143,8 @@ class CpuKernels:
     ) -> torch.Tensor:
         """Update the moments of LAMB; see ``powertrain.kernels.updates``."""
         numbers = (float(scale), beta1, beta2, eps, weight_decay, *corrections(step, beta1, beta2))
-        return torch.tensor(self._module.lamb_moments(_group(operands), *numbers, *self._where())).view(-1, 2)
+        found = self._module.lamb_moments(_group(operands, BOTH), *numbers, *self._where())
+        return torch.tensor(found).view(len(operands.params), 2)
 
     def lamb_apply(
         self,
@@ -154,7 +159,9 @@ class CpuKernels:
     ) -> None:
         """Move parameters by LAMB; see ``powertrain.kernels.updates``."""
         numbers = (beta1, beta2, eps, weight_decay, *corrections(step, beta1, beta2))
-        self._module.lamb_apply(_group(operands), rates.tolist(), *numbers, *self._where())
+        if rates.numel() != len(operands.params):
+            raise ValueError(f"there are {rates.numel()} rates for {len(operands.params)} parameters")
+        self._module.lamb_apply(_group(operands, BOTH), rates.tolist(), *numbers, *self._where())
 
     def sums_of_squares(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the sum of squares of each tensor; see ``powertrain.kernels.sums``."""
@@ -174,8 +181,11 @@ class CpuKernels:
         if output.dtype not in FORMATS or (reduction == "mean" and output.dtype in INTEGERS):
             kernels.reference("combine")(output, terms, reduction)
             return
-        (place,), places = _addresses([output]), _addresses(terms)
         _same("terms", [output, *terms])
+        if len(terms) < 2:
+            kernels.reference("combine")(output, terms, reduction)
+            return
+        (place,), places = _addresses([output]), _addresses(terms)
         self._module.combine(
             place, places, output.numel(), FORMATS[output.dtype], REDUCTIONS[reduction], *self._where()
         )
@@ -188,7 +198,7 @@ class CpuKernels:
             kernels.reference("quantize")(values, data, scales, bits=bits, block=block)
             return
         source, target, factors = _addresses([values, data, scales])
-        blocks = values.numel() // block
+        blocks = _blocks(values, data, scales, bits, block)
         self._module.quantize(source, FORMATS[values.dtype], target, factors, bits, block, blocks, *self._where())
 
     def dequantize(
@@ -199,15 +209,31 @@ class CpuKernels:
             kernels.reference("dequantize")(data, scales, out, bits=bits, block=block, add=add)
             return
         source, factors, target = _addresses([data, scales, out])
-        blocks = out.numel() // block
+        blocks = _blocks(out, data, scales, bits, block)
         self._module.dequantize(source, factors, target, FORMATS[out.dtype], bits, block, blocks, add, *self._where())
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
     for tensor in tensors:
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise ValueError(f"a kernel takes contiguous tensors in the host's memory, not one on {tensor.device}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"a kernel of the processor takes tensors in the host's memory, not on {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"a kernel takes contiguous tensors, not one with strides {tuple(tensor.stride())}")
     return [tensor.data_ptr() for tensor in tensors]
+
+
+def _blocks(elements: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, bits: int, block: int) -> int:
+    """Return the number of blocks; what does not fit would be written beyond the tensors' ends."""
+    if bits not in (8, 4) or block < 8 or block % 8:
+        raise ValueError(f"there is no quantization to {bits} bits in blocks of {block}")
+    numel = elements.numel()
+    fits = (numel % block, data.numel(), scales.numel()) == (0, numel * bits // 8, numel // block)
+    if not fits or data.dtype != torch.uint8 or scales.dtype != torch.float32:
+        raise ValueError(
+            f"{numel} elements in blocks of {block} do not fit {data.numel()} bytes of {data.dtype} "
+            f"and {scales.numel()} scales of {scales.dtype}"
+        )
+    return numel // block
 
 
 def _same(what: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -225,12 +251,13 @@ def _format(what: str, tensors: Sequence[torch.Tensor]) -> int:
     return FORMATS[dtype]
 
 
-def _group(operands: Operands) -> dict[str, Any]:
-    """Return the addresses, counts and formats of an update's tensors."""
+def _group(operands: Operands, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the addresses, counts and formats of an update's tensors, once all that it reads and writes is there."""
     counts = [param.numel() for param in operands.params]
     lists = {name: getattr(operands, name) for name in ("params", "grads", "firsts", "seconds", "outs")}
     for name, tensors in lists.items():
-        if tensors and [tensor.numel() for tensor in tensors] != counts:
+        must = name in ("params", "grads", *needed)
+        if (tensors or must) and [tensor.numel() for tensor in tensors] != counts:
             raise ValueError(f"the {name} have not the parameters' numbers of elements")
     formats = [_format(name, lists[name]) for name in ("params", "grads", "firsts", "outs")]
     if operands.seconds and _format("seconds", operands.seconds) != formats[2]:

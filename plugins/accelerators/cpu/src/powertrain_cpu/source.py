@@ -23,7 +23,10 @@ KERNELS = (
 SOURCE = native.Source(
     "powertrain_cpu_kernels",
     Path(__file__).parent / "cpp",
-    (native.Unit("module.cpp"), *native.vector_units("kernels.cpp")),
+    (native.Unit("module.cpp", ("-O1",)), *native.vector_units("kernels.cpp")),
     KERNELS,
 )
-"""What is built: see ``cpp/table.h``."""
+"""What is built: see ``cpp/table.h``.
+
+The module's own unit has no loop that counts, and all of pybind11 to compile: hence -O1.
+"""

@@ -1,5 +1,6 @@
 // Threads that wait for work, asleep. Not for units of `vector_units`: it uses the C++ library.
 #pragma once
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -35,15 +36,15 @@ class Threads {
         work_ = nullptr;
     }
 
-    // The pool of this process: a child after fork() has none of its parent's threads, and gets its own.
+    // The pool of this process: a child after fork() has none of its parent's threads, and gets its own. No lock is
+    // taken: another thread of the parent could hold it when the process forks, and it would stay held in the child.
     static Threads& here() {
-        static std::mutex mutex;
-        static Threads* pool = nullptr;
-        static pid_t owner = 0;
-        std::unique_lock<std::mutex> guard(mutex);
-        if (owner != getpid()) {
-            pool = new Threads;  // never freed: its threads may outlast any static object
-            owner = getpid();
+        static std::atomic<Threads*> current{nullptr};
+        Threads* pool = current.load(std::memory_order_acquire);
+        while (pool == nullptr || pool->owner_ != getpid()) {
+            Threads* fresh = new Threads;  // never freed: its threads may outlast any static object
+            if (current.compare_exchange_strong(pool, fresh)) return *fresh;
+            delete fresh;  // another thread was faster
         }
         return *pool;
     }
@@ -63,6 +64,7 @@ class Threads {
         }
     }
 
+    const pid_t owner_ = getpid();
     std::mutex turn_, mutex_;
     std::condition_variable begin_, end_;
     const std::function<void(int)>* work_ = nullptr;
