@@ -11,7 +11,8 @@ import pytest
 from powertrain.cli.probes import machine
 
 AREAS = {
-    "versions", "system", "accelerators", "collectives", "compiler", "disk", "kernels", "network", "environment", "plugins",
+    "versions", "system", "accelerators", "collectives", "compiler",
+    "disk", "kernels", "network", "environment", "plugins",
 }  # fmt: skip
 
 ACCELERATOR = """
