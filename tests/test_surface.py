@@ -24,7 +24,7 @@ from powertrain.roles.sampler import Sampler
 HOOKS_OF_API_1 = {
     "make_accelerator": ["name"],
     "make_communicator": ["name", "accelerator", "mesh", "rank", "timeout"],
-    "make_optimizer": ["name", "options"],
+    "make_optimizer": ["name", "options", "accelerator"],
     "wrap_optimizer": ["model", "optimizer", "context"],
     "make_runner": ["engine"],
     "make_checkpoint_store": ["uri", "context"],

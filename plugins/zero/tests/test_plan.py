@@ -194,7 +194,7 @@ def test_factored_state_follows_the_shape(config: str) -> None:
     """Adafactor keeps a row and a column of a matrix, not all of it."""
     found = facts(config, 'optimizer.name="torch.optim.Adafactor"')
     assert found.state_bytes((1000, 300)) < 4 * (1000 + 300 + 8)
-    assert found.granularity == "matrix"
+    assert not found.pieces
 
 
 # --- activations ---------------------------------------------------------------------------
