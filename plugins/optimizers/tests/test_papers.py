@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from powertrain_cpu.accelerator import CpuAccelerator
 from torch import nn
 
 from powertrain.errors import OptimizerError
+from powertrain_cpu.accelerator import CpuAccelerator
 from powertrain_optimizers.adam import AdamW
 from powertrain_optimizers.adam8bit import Adam8bit, AdamW8bit
 from powertrain_optimizers.lamb import Lamb

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from powertrain_cpu.accelerator import CpuAccelerator
 from torch import nn
 
+from powertrain_cpu.accelerator import CpuAccelerator
 from powertrain_optimizers.adafactor import Adafactor
 from powertrain_optimizers.adagrad import Adagrad
 from powertrain_optimizers.adam import Adam, AdamW
