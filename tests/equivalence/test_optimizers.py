@@ -148,7 +148,7 @@ def layout(stage: int, world: int, **more: Any) -> dict[str, Any]:
         **more,
     }
     if stage:
-        config["zero"] = {"stage": stage, "bucket": 500}
+        config["zero"] = {"stage": stage, "bucket": 1000}
     return config
 
 
