@@ -187,3 +187,16 @@ def test_evaluating_holds_the_average(tmp_path: Path) -> None:
 def test_the_table_takes_no_key() -> None:
     """The section switches on, and holds nothing."""
     assert OptimizersPlugin(NoConfig()).config == NoConfig()
+
+
+def test_every_key_is_explained() -> None:
+    """The command that explains keys shows those of this package, and torch's own under the names that both have."""
+    from click.testing import CliRunner
+
+    from powertrain.cli.config import config
+
+    shown = CliRunner().invoke(config, ["schema", "optimizer"]).output
+    for name, table in OPTIONS.items():
+        for field in attrs.fields(table):
+            assert f"optimizer.{field.name} ({name})" in shown
+    assert "optimizer.amsgrad (adamw)" in shown

@@ -20,7 +20,8 @@ class Adafactor(KernelOptimizer):
         params: tensors or groups.
         lr: the largest relative step, a number or a 0-d tensor.
         beta2_decay: the running averages forget by 1 - step^beta2_decay.
-        eps: below its square no second moment falls (None: the format's own), and below which no parameter's size.
+        eps: below whose square no second moment falls (None: the format's step at 1), and below which no parameter's
+            size; None: (None, 1e-3).
         d: updates of a larger root mean square are scaled down to it.
         weight_decay: fraction of the parameter, times ``lr``, that a step takes away.
         maximize: climb.
@@ -37,12 +38,13 @@ class Adafactor(KernelOptimizer):
         params: Iterable[Any],
         lr: float | torch.Tensor = 1e-2,
         beta2_decay: float = -0.8,
-        eps: tuple[float | None, float] = (None, 1e-3),
+        eps: tuple[float | None, float] | None = None,
         d: float = 1.0,
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
     ) -> None:
+        eps = (None, 1e-3) if eps is None else eps
         not_negative(lr=lr, weight_decay=weight_decay, eps1=eps[0] or 0.0, eps2=eps[1])
         if not beta2_decay <= 0:
             raise ValueError(f"beta2_decay must not be positive, but is {beta2_decay}")

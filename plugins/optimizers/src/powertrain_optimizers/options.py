@@ -152,8 +152,9 @@ class Adafactor(_Climbing):
     beta2_decay: float = attrs.field(default=-0.8, validator=validators.le(0))
     """The running averages forget by 1 - step^beta2_decay."""
 
-    eps: tuple[float | None, float] = (None, 1e-3)
-    """The smallest root of a second moment (absent: the format's own), and the smallest size of a parameter."""
+    eps: tuple[float, float] | None = None
+    """The smallest root of a second moment, and the smallest size of a parameter. Absent: the format's step at 1, and
+    1e-3."""
 
     d: float = attrs.field(default=1.0, validator=validators.ge(1))
     """Updates of a larger root mean square are scaled down to it."""
