@@ -366,7 +366,8 @@ def make_optimizer(model: torch.nn.Module, given: OptimizerLike | None, context:
         raise OptimizerError(f"no plugin makes the optimizer {table.name!r}", where="optimizer.name")
     if not trainable:
         raise OptimizerError("the model has no parameter that requires a gradient", remedy="unfreeze some of it")
-    made = cast("torch.optim.Optimizer", factory(trainable))
+    named = [(name, param) for name, param in named_parameters(model) if param.requires_grad]
+    made = cast("torch.optim.Optimizer", factory(named if getattr(factory, "named", False) else trainable))
     made.granularity = factory.granularity  # type: ignore[attr-defined]
     return made
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from powertrain.errors import OptimizerError
-from powertrain.roles.optimizer import Granularity, OptimizerFactory
+from powertrain.roles.optimizer import FlatOptimizer, Granularity, OptimizerFactory
 
 _CLASSES = {
     "adamw": "AdamW",
@@ -73,7 +73,9 @@ def torch_factory(name: str, options: Mapping[str, Any]) -> OptimizerFactory | N
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return what ``[optimizer] name`` would be: torch's by their short name, others by their dotted path."""
+    """Return what ``[optimizer] name`` would be: a short name of torch's or a plugin's, of others the dotted path."""
+    if isinstance(optimizer, FlatOptimizer) and optimizer.kind:
+        return optimizer.kind
     kind = type(optimizer)
     short = {getattr(torch.optim, attribute): name for name, attribute in _CLASSES.items()}
     return short.get(kind) or f"{kind.__module__}.{kind.__qualname__}"

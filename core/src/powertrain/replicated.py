@@ -36,7 +36,9 @@ class ReplicatedOptimizer(OptimizerWrapper):
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
         recipe = context.recipe
-        _check(recipe)
+        _check(recipe, keeps_state=isinstance(optimizer, FlatOptimizer))
+        if isinstance(optimizer, FlatOptimizer) and recipe.state != recipe.master:
+            optimizer.state_dtype = recipe.state
         for name, param in named_parameters(model):
             context.birth.make(name, param, context.device)
         self.optimizer = optimizer
@@ -57,7 +59,7 @@ class ReplicatedOptimizer(OptimizerWrapper):
                 if state := optimizer.state.pop(param, None):
                     master = self._masters.get(param, param)
                     optimizer.state[master] = {
-                        key: _beside(master, key, value, recipe.state, group) for key, value in state.items()
+                        key: _beside(master, key, value, optimizer, recipe.state, group) for key, value in state.items()
                     }
             group["params"] = [self._masters.get(param, param) for param in group["params"]]
         # Alone, and with nothing to convert, autograd's own accumulation is the best there is.
@@ -204,7 +206,10 @@ class ReplicatedOptimizer(OptimizerWrapper):
             master = by_name[name]
             group = group_of.get(master, {})
             device = device_of_state(key, group, master.device)
-            value = torch.empty(info.shape, dtype=info.dtype, device=device)
+            dtype = info.dtype
+            if isinstance(self.optimizer, FlatOptimizer) and _with_elements(master, key, info.shape, dtype):
+                dtype = self.optimizer.format_of(key, master)  # another run may have kept it in another
+            value = torch.empty(info.shape, dtype=dtype, device=device)
             state.setdefault(name, {})[key] = value
             live.append((full_name, value))
         fill(reader, live)
@@ -252,16 +257,34 @@ class ReplicatedOptimizer(OptimizerWrapper):
             self._buckets.close()
 
 
-def _beside(master: torch.Tensor, key: str, value: Any, dtype: torch.dtype, group: dict[str, Any]) -> Any:
+def _beside(
+    master: torch.Tensor,
+    key: str,
+    value: Any,
+    optimizer: torch.optim.Optimizer,
+    dtype: torch.dtype,
+    group: dict[str, Any],
+) -> Any:
     """Return an entry of a parameter's optimizer state where its master is, and in the format that goes with it."""
     if not isinstance(value, torch.Tensor) or value.is_meta:
         return value
-    with_elements = key != "step" and value.shape == master.shape and value.is_floating_point()
-    return value.to(device_of_state(key, group, master.device), dtype if with_elements else value.dtype)
+    if isinstance(optimizer, FlatOptimizer):
+        dtype = optimizer.format_of(key, master)
+    goes_along = _with_elements(master, key, value.shape, value.dtype)
+    return value.to(device_of_state(key, group, master.device), dtype if goes_along else value.dtype)
 
 
-def _check(recipe: Recipe) -> None:
+def _with_elements(master: torch.Tensor, key: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Return whether an entry of state has a number for each element of the master, and so its format."""
+    return key != "step" and tuple(shape) == tuple(master.shape) and dtype.is_floating_point
+
+
+def _check(recipe: Recipe, *, keeps_state: bool) -> None:
     """Refuse formats that only wrappers keep apart which do not hold everything whole.
+
+    Args:
+        recipe: of the run.
+        keeps_state: the optimizer keeps its state in another format than the masters' by itself.
 
     Raises:
         PrecisionError: gradients would add up in another format than they travel in, or state rest in another
@@ -269,7 +292,7 @@ def _check(recipe: Recipe) -> None:
     """
     for key, found, expected in (
         ("accumulate", recipe.accumulate, recipe.reduce),
-        ("optimizer", recipe.state, recipe.master),
+        ("optimizer", recipe.state, recipe.state if keeps_state else recipe.master),
     ):
         if found != expected:
             raise PrecisionError(

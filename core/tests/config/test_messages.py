@@ -150,7 +150,9 @@ def problems(text: str, tmp_path: pathlib.Path, **arguments: Any) -> list[str]:
             "[optimizer]\nname = 'adamx'",
             (
                 '2:1  optimizer.name: not one of the choices; expected "adamw", "adam", "sgd", "adagrad", "rmsprop", '
-                '"nadam", "radam", "adamax" or a dotted path, found "adamx"; did you mean "adam", "adamax" or "adamw"?'
+                '"nadam", "radam", "adamax" or a dotted path, or one that a plugin\'s section adds (pip install '
+                "powertrain-optimizers and add the section [optimizers]), "
+                'found "adamx"; did you mean "adam", "adamax" or "adamw"?'
             ),
         ),
         (

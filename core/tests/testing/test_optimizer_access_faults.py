@@ -11,6 +11,7 @@ import torch
 from powertrain.access import keeping_writes
 from powertrain.replicated import ReplicatedOptimizer
 from powertrain.roles.communicator import WrappedCommunicator
+from powertrain.roles.optimizer import Request
 from powertrain.testing.optimizer import OptimizerWrapperContract
 
 
@@ -249,7 +250,22 @@ class OneBlockEndsAll(Empties):
             (self.take if self.opened else self.give)(self._names)
 
 
+class ScalesBehindListeners(ReplicatedOptimizer):
+    def _run(self, optimizer):
+        with optimizer.asked(Request(scale=self._scale)):
+            optimizer.step()
+        self._publish()
+
+
+class TrustsThatTheOptimizerCasts(ReplicatedOptimizer):
+    def _run(self, optimizer):
+        with optimizer.asked(Request(scale=self._scale)):
+            optimizer.step()
+
+
 FAULTS = {
+    ScalesBehindListeners: "test_step_hooks_see_what_the_update_uses",
+    TrustsThatTheOptimizerCasts: "test_the_model_is_what_the_masters_round_to",
     ShowsTheModelsRounding: "test_parts_are_the_model",
     CallsPartsByOtherNames: "test_parts_are_the_model",
     HasNoFrozenParts: "test_parts_are_the_model",

@@ -23,7 +23,7 @@ from powertrain_zero.plan.command import plan
 from powertrain_zero.plan.estimate import Case, Need, estimate
 from powertrain_zero.plan.model import build_model
 from powertrain_zero.plan.probe import OptimizerFacts, probe
-from powertrain_zero.plan.settings import load_settings, make_recipe
+from powertrain_zero.plan.settings import load_settings, make_recipe, whole_names
 from powertrain_zero.plan.view import parse_size
 
 ROOT = Path(__file__).parents[3]
@@ -194,7 +194,43 @@ def test_factored_state_follows_the_shape(config: str) -> None:
     """Adafactor keeps a row and a column of a matrix, not all of it."""
     found = facts(config, 'optimizer.name="torch.optim.Adafactor"')
     assert found.state_bytes((1000, 300)) < 4 * (1000 + 300 + 8)
-    assert found.granularity == "matrix"
+    assert not found.pieces
+
+
+def test_a_plugins_optimizer_is_planned_as_it_is_run(tmp_path: Path) -> None:
+    """Moments of 8 bits, scales by the block, and matrices that come whole beside embeddings that are cut."""
+    file = tmp_path / "run.toml"
+    file.write_text('[optimizers]\n[optimizer]\nname = "adamw8bit"\n')
+    found = facts(str(file))
+    assert (found.pieces, found.flat, found.align) == (True, True, 256)
+    assert found.state_bytes((1024, 512)) == pytest.approx(1024 * 512 * (2 + 8 / 256), abs=16)
+    model = meta(lambda: nn.ModuleDict({"embed": nn.Embedding(1000, 16), "hidden": nn.Linear(16, 16, bias=False)}))
+    sharded = need(str(file), model, ZeroConfig(stage=3), 4)
+    assert sharded.optimizer == pytest.approx((16_000 + 256) * (2 + 8 / 256) / 4, rel=0.05)
+
+    file.write_text('[optimizers]\n[optimizer]\nname = "muon"\n')
+    assert not facts(str(file)).pieces
+    settings = load_settings(str(file), (), 1)
+    assert whole_names(settings.config, model) == {"hidden.weight"}
+    case = Case(zero=ZeroConfig(stage=3), ranks=4, recipe=make_recipe(settings.config), on_host=False,
+                accumulation=1, whole=whole_names(settings.config, model))  # fmt: skip
+    from powertrain_zero.plan.activations import Activations
+
+    found_need = estimate(model, case, probe(settings), Activations(peak=0))
+    # AdamW's two moments of a quarter of the embedding, and the whole matrix's momentum.
+    assert found_need.optimizer == pytest.approx(4 * (2 * 4000 + 256), rel=0.02)
+    assert found_need.parameters == pytest.approx(4 * (4000 + 256), rel=0.02)
+
+
+def test_state_in_another_format_needs_no_room_where_the_optimizer_keeps_it(tmp_path: Path) -> None:
+    """An optimizer that reads and writes bf16 moments in its pass needs no converted copies."""
+    file = tmp_path / "run.toml"
+    file.write_text('[optimizers]\n[precision]\ncompute = "bf16"\noptimizer = "bf16"\n')
+    model = meta(lambda: nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))))
+    small = need(str(file), model, ZeroConfig(stage=2), 2)
+    exact = need(str(file), model, ZeroConfig(stage=2), 2, 'precision.optimizer="fp32"')
+    assert small.optimizer * 2 == pytest.approx(exact.optimizer, rel=0.001)
+    assert small.update == exact.update
 
 
 # --- activations ---------------------------------------------------------------------------

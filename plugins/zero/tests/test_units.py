@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 from torch import nn
 
 from powertrain.errors import ShardingError
-from powertrain_zero.units import ROOT, plan_buckets, plan_units
+from powertrain_zero.flat import flat_layout
+from powertrain_zero.units import ROOT, kinds, plan_buckets, plan_units
 
 
 class Experts(nn.Module):
@@ -136,3 +138,36 @@ def test_buckets_are_runs_of_parameters() -> None:
         ["0.weight", "0.bias"], ["1.weight"], ["1.bias", "2.weight", "2.bias"]
     ]  # fmt: skip
     assert torch.tensor([plan.numel for plan in plans]).tolist() == [110, 1000, 16]
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_buckets_of_whole_matrices_fill_their_slices(shards: int) -> None:
+    """Where matrices lie in one slice each, buckets go on until little is padding; vectors may still be cut."""
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(33)))
+    whole = frozenset(param for param in model.parameters() if param.ndim == 2)
+    assert len(plan_buckets(model, 500)) == 33
+    plans = plan_buckets(model, 500, whole, shards)
+    assert [name for plan in plans for name, _ in plan.params] == [name for name, _ in model.named_parameters()]
+    laid = [
+        flat_layout(named, shards, whole_tensors=kind.whole)
+        for plan in plans
+        for kind, named in kinds(plan, torch.float32, whole).items()
+        if kind.whole
+    ]
+    assert sum(layout.numel for layout in laid) <= 1.3 * 33 * 400
+    assert len(plans) >= 33 // shards // 2
+
+
+def test_what_lies_apart() -> None:
+    """Trainable or frozen, each format, and what must come whole: a buffer each, of parameters by their names."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(True)
+    model[1].requires_grad_(False)
+    (plan,) = plan_buckets(model, 1000)
+    whole = frozenset({model[0].weight, model[1].weight})
+    found = {tuple(attrs.astuple(kind)): [name for name, _ in named]
+             for kind, named in kinds(plan, torch.bfloat16, whole).items()}  # fmt: skip
+    assert found == {
+        (True, torch.bfloat16, True): ["0.weight"],
+        (True, torch.bfloat16, False): ["0.bias"],
+        (False, torch.bfloat16, False): ["1.weight", "1.bias"],
+    }

@@ -135,10 +135,12 @@ def _finite(value: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON Schema.")
 def schema(what: str | None, as_json: bool) -> None:
     """Explain every key that may be written, those of installed plugins included."""
+    from powertrain.config.options import all_options
     from powertrain.config.schema import json_schema, legal_keys
 
     section, _, name = (what or "").partition(".")
-    schemas = _installed_schemas([section] if section else None)
+    # What else an open table of the core may hold is in the plugins, whatever they are called.
+    schemas = _installed_schemas([section] if section and section not in all_options({}) else None)
     legal = list(legal_keys(schemas.tables, schemas.options))
     chosen = [key for key in legal if section in ("", key.section) and name in ("", key.name)]
     sections = {key.section for key in legal} | {*schemas.tables}
@@ -162,10 +164,14 @@ def schema(what: str | None, as_json: bool) -> None:
 
 
 def _installed_schemas(names: Sequence[str] | None) -> Schemas:
-    """Return the schemas of the named plugins, or of all; a broken one is skipped with a warning when not named."""
+    """Return the schemas of the named plugins, or of all; a broken one is skipped with a warning when not named.
+
+    Of names that the core has as well (``adamw``), the core's options are shown: they hold without a plugin's section.
+    """
     import attrs
 
     from powertrain.config import read
+    from powertrain.config.options import all_options
     from powertrain.discovery import schemas_for
 
     found = schemas_for(read({}, environ={}))
@@ -177,7 +183,10 @@ def _installed_schemas(names: Sequence[str] | None) -> Schemas:
                 raise
             click.echo(f"Warning: {error}", err=True)
             continue
-        options = {kind: {**found.options.get(kind, {}), **classes} for kind, classes in one.options.items()}
+        options = {
+            kind: {**found.options.get(kind, {}), **classes, **all_options({}).get(kind, {})}
+            for kind, classes in one.options.items()
+        }
         found = attrs.evolve(found, tables={**found.tables, **one.tables}, options={**found.options, **options})
     return found
 

@@ -22,6 +22,9 @@ from powertrain.config.tables import CORE_TABLES
 
 Lookup = Callable[[str], list[str]]
 
+MORE_OPTIMIZERS = "optimizers"
+"""The section, and plugin, that adds optimizers to torch's own."""
+
 
 def structure(
     document: Document,
@@ -61,7 +64,7 @@ def structure(
         try:
             value = table(converter, known_options, keys_only, kind, (ENABLED,))
         except Mismatches as mismatches:
-            problems += [_problem(document, section, item, elsewhere) for item in mismatches.items]
+            problems += [_problem(document, section, item, elsewhere, installed) for item in mismatches.items]
         else:
             made[section] = value
     if "batch" in made and (clash := check_batch(made["batch"], data_ranks)) is not None:
@@ -132,14 +135,26 @@ def _elsewhere(schemas: Mapping[str, type[Any]], options: Options) -> Lookup:
     return lookup
 
 
-def _problem(document: Document, section: str, item: Mismatch, elsewhere: Lookup) -> Problem:
+def _problem(
+    document: Document, section: str, item: Mismatch, elsewhere: Lookup, installed: Collection[str]
+) -> Problem:
     path: Path = (section, *item.path)
     suggestion, expected = item.suggestion, item.expected
+    if path == ("optimizer", "name") and item.message == "not one of the choices":
+        expected = f"{expected}, or one that a plugin's section adds{_optimizers(document, installed)}"
     if item.keys:
         suggestion = words.either([dotted((*path[:-1], name)) for name in item.keys])
     elif item.message == "unknown key" and (paths := [p for p in elsewhere(str(path[-1])) if p != dotted(path)]):
         suggestion, expected = words.either(paths), None
     return document.problem(path, item.message, expected=expected, found=item.found, suggestion=suggestion)
+
+
+def _optimizers(document: Document, installed: Collection[str]) -> str:
+    """Return what to do for optimizers beyond torch's; nothing where their section is there."""
+    if MORE_OPTIMIZERS in document.sections:
+        return ""
+    install = "" if MORE_OPTIMIZERS in installed else f"pip install powertrain-{MORE_OPTIMIZERS} and "
+    return f" ({install}add the section [{MORE_OPTIMIZERS}])"
 
 
 def _place(problem: Problem) -> tuple[int, int]:

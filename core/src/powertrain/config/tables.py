@@ -112,8 +112,8 @@ class Precision:
     """Format in which the gradients of several micro-batches add up. Absent: that of ``reduce``."""
 
     optimizer: Literal["fp32", "bf16"] | None = None
-    """Format in which optimizer state is kept between steps; bf16 halves its memory, and needs a wrapper that
-    updates unit by unit. Absent: that of ``master``."""
+    """Format in which optimizer state is kept between steps; bf16 halves its memory. What shards the optimizer
+    converts it unit by unit; replicated, it needs an optimizer of ``[optimizers]``. Absent: that of ``master``."""
 
     autocast: bool = False
     """Keep the model in ``master`` and run it under torch.autocast(compute) instead of converting it."""

@@ -1,7 +1,8 @@
 """Optimizer updates over lists of tensors: scale, update and cast, in one call.
 
 Each takes its tensors as ``Operands`` and changes them in place. Arithmetic is
-in fp32, or in fp64 where a tensor is, whatever the tensors rest in; formulas are those of ``torch.optim``, and
+in fp32 whatever the tensors rest in (the reference computes on fp64 parameters in
+fp64; devices need not take them), formulas are those of ``torch.optim``, and
 ``scale`` multiplies every gradient first: one number for the loss scale and for
 clipping together.
 """
@@ -23,7 +24,7 @@ class Operands:
     All are contiguous and on one device; those of one list have one dtype.
 
     Attributes:
-        params: what is updated: fp32, bf16 or fp16.
+        params: what is updated: fp32, bf16 or fp16; the reference takes fp64 as well.
         grads: fp32, bf16 or fp16; left as they are.
         firsts: momentum, first moment, or sum of squares: fp32 or bf16; empty where a rule has none.
         seconds: second moment, likewise.
@@ -37,14 +38,15 @@ class Operands:
     outs: Sequence[torch.Tensor] = ()
 
 
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _width(param: torch.Tensor) -> torch.dtype:
+    """Return the format in which a parameter is computed: the wider of its own and fp32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 @contextmanager
-def _wide(*tensors: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
-    """Let a block work in fp32 (or fp64) on tensors of any format; what it leaves there is rounded back."""
-    wide = [torch.empty(0) if tensor is None else _widened(tensor) for tensor in tensors]
+def _wide(dtype: torch.dtype, *tensors: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
+    """Let a block work in a wide format on tensors of any; what it leaves there is rounded back."""
+    wide = [torch.empty(0) if tensor is None else tensor.to(dtype) for tensor in tensors]
     yield wide
     for tensor, value in zip(tensors, wide, strict=True):
         if tensor is not None and tensor is not value:
@@ -102,8 +104,8 @@ def adam(
     """
     bias1, root_bias2 = corrections(step, beta1, beta2)
     for param, grad, first, second, out in _rows(operands):
-        with _wide(param, first, second) as (p, m, v):
-            g = _widened(grad).view_as(p) * scale
+        with _wide(_width(param), param, first, second) as (p, m, v):
+            g = grad.to(p.dtype).view_as(p) * scale
             if weight_decay and decoupled:
                 p.mul_(1 - lr * weight_decay)
             elif weight_decay:
@@ -127,8 +129,8 @@ def lion(
 ) -> None:
     """Update by Lion ("Symbolic Discovery of Optimization Algorithms", Chen et al., 2023); its state is ``firsts``."""
     for param, grad, first, _, out in _rows(operands):
-        with _wide(param, first) as (p, m):
-            g, m = _widened(grad).view_as(p) * scale, m.view_as(p)
+        with _wide(_width(param), param, first) as (p, m):
+            g, m = grad.to(p.dtype).view_as(p) * scale, m.view_as(p)
             if weight_decay:
                 p.mul_(1 - lr * weight_decay)
             p.add_((m * beta1).add_(g, alpha=1 - beta1).sign_(), alpha=-lr)
@@ -150,8 +152,8 @@ def adagrad(
     """Update by Adagrad (Duchi, Hazan and Singer, 2011); the sums of squares are ``firsts``."""
     rate = lr / (1 + (step - 1) * lr_decay)
     for param, grad, first, _, out in _rows(operands):
-        with _wide(param, first) as (p, total):
-            g, total = _widened(grad).view_as(p) * scale, total.view_as(p)
+        with _wide(_width(param), param, first) as (p, total):
+            g, total = grad.to(p.dtype).view_as(p) * scale, total.view_as(p)
             if weight_decay:
                 g.add_(p, alpha=weight_decay)
             total.addcmul_(g, g, value=1)
@@ -176,8 +178,8 @@ def momentum(
     At the first time the momentum is the gradient itself, whatever ``firsts`` hold, as torch has it.
     """
     for param, grad, first, _, out in _rows(operands):
-        with _wide(param, first) as (p, m):
-            g = _widened(grad).view_as(p) * scale
+        with _wide(_width(param), param, first) as (p, m):
+            g = grad.to(p.dtype).view_as(p) * scale
             if weight_decay:
                 g.add_(p, alpha=weight_decay)
             if first is not None:
@@ -211,20 +213,23 @@ def lamb_moments(
     """Update the moments of LAMB ("Large Batch Optimization for Deep Learning", You et al., 2019).
 
     Returns:
-        A tensor (parameters, 2) in fp32: each parameter's sum of squares, and that of the direction in which it
-        will go. Where a parameter is spread over ranks, their sum over the ranks goes into the trust ratio.
+        A tensor (parameters, 2) in fp32 (fp64 for such parameters): each parameter's sum of squares, and that of the
+        direction in which it will go. Where a parameter is spread over ranks, their sum over the ranks goes into the
+        trust ratio.
     """
     bias1, root_bias2 = corrections(step, beta1, beta2)
     sums = []
     for param, grad, first, second, _ in _rows(operands):
-        with _wide(first, second) as (m, v):
-            p = _widened(param)
-            g, m, v = _widened(grad).view_as(p) * scale, m.view_as(p), v.view_as(p)
+        with _wide(_width(param), first, second) as (m, v):
+            p = param.to(_width(param))
+            g, m, v = grad.to(p.dtype).view_as(p) * scale, m.view_as(p), v.view_as(p)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             direction = _lamb_direction(p, m, v, bias1, root_bias2, eps, weight_decay)
             sums.append(torch.stack([p.double().square().sum(), direction.double().square().sum()]))
-    return torch.stack(sums).float()
+    if not sums:
+        return torch.zeros(0, 2)
+    return torch.stack(sums).to(_width(operands.params[0]))
 
 
 @torch.no_grad()
@@ -251,7 +256,7 @@ def lamb_apply(
     """
     bias1, root_bias2 = corrections(step, beta1, beta2)
     for rate, (param, _, first, second, out) in zip(rates, _rows(operands), strict=True):
-        with _wide(param) as (p,):
-            m, v = _widened(first).view_as(p), _widened(second).view_as(p)
+        with _wide(_width(param), param) as (p,):
+            m, v = first.to(p.dtype).view_as(p), second.to(p.dtype).view_as(p)
             p.sub_(_lamb_direction(p, m, v, bias1, root_bias2, eps, weight_decay).mul_(rate))
             _publish(out, p)

@@ -49,6 +49,9 @@ class OptimizerFactory(Protocol):
 
     Attributes:
         granularity: what its update must see at once; sharders honour it.
+
+    One that goes by the parameters' names says so by an attribute ``named = True``, and is called with
+    ``(name, parameter)`` pairs.
     """
 
     granularity: Granularity
@@ -57,8 +60,25 @@ class OptimizerFactory(Protocol):
         """Return the optimizer of ``params`` (tensors or group dictionaries)."""
 
 
-def _as_it_is(sums: torch.Tensor, params: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    return sums
+class Total(Protocol):
+    """Combines figures of tensors over the ranks that hold pieces of them."""
+
+    def __call__(
+        self,
+        figures: torch.Tensor,
+        params: Sequence[torch.nn.Parameter],
+        how: Literal["sum", "max"] = "sum",
+    ) -> torch.Tensor:
+        """Return ``figures`` (parameters, …) combined, one row for each of ``params`` again.
+
+        Every rank must call it as often, with whatever parameters it holds pieces of, none included.
+        """
+
+
+def _as_it_is(
+    figures: torch.Tensor, params: Sequence[torch.nn.Parameter], how: Literal["sum", "max"] = "sum"
+) -> torch.Tensor:
+    return figures
 
 
 @attrs.frozen(eq=False)
@@ -69,14 +89,13 @@ class Request:
         scale: multiplies every gradient before anything else: a number, or a 0-d tensor on the device.
         outs: tensors that receive a parameter's new values as well, in a format of their own.
         grads: gradients that are not the parameter's ``.grad``: those of another format than its.
-        total: adds up figures of tensors over the ranks that hold pieces of them. Called with a tensor
-            (parameters, …) and the parameters, it returns the sums, one row for each of them again.
+        total: adds up figures of tensors over the ranks that hold pieces of them, or finds the largest.
     """
 
     scale: float | torch.Tensor = 1.0
     outs: Mapping[torch.nn.Parameter, torch.Tensor] = attrs.field(factory=dict)
     grads: Mapping[torch.nn.Parameter, torch.Tensor] = attrs.field(factory=dict)
-    total: Callable[[torch.Tensor, Sequence[torch.nn.Parameter]], torch.Tensor] = _as_it_is
+    total: Total = _as_it_is
 
 
 class FlatOptimizer(torch.optim.Optimizer, ABC):
@@ -89,13 +108,46 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         granularity: what its update must see at once. "element": any piece of a parameter will do, each of
             ``params`` may be one. "tensor": pieces as well; sums over a whole tensor go through
             ``request.total``. "matrix": parameters come whole.
+        kind: what ``[optimizer] name`` calls it; checkpoints of optimizers of one kind load into one another.
+        blocks: keys of state that has one element for so many of the parameter's, in their flat order (a scale
+            for each 256 of them): pieces are cut where such a block ends, so they are the same on any number of ranks.
         state_dtype: the format of state that goes with the elements; None for the parameter's own.
         request: what else is asked for in the step under way.
     """
 
     granularity: Granularity = "element"
+    kind: str = ""
+    blocks: Mapping[str, int] = {}
     state_dtype: torch.dtype | None = None
     request: Request = Request()
+
+    @property
+    def reducer(self) -> str | None:
+        """Which compression its gradients would take in the next step ("onebit"); None for exact ones.
+
+        A wish: what travels is up to the configuration.
+        """
+        return None
+
+    def needs_whole(self, group: Mapping[str, Any], param: torch.Tensor) -> bool:
+        """Return whether a parameter of a group must come whole; "matrix" rules may let others be cut."""
+        return self.granularity == "matrix"
+
+    def format_of(self, key: str, param: torch.Tensor) -> torch.dtype:
+        """Return the format in which an entry of state rests that goes with the elements of ``param``."""
+        return self.state_dtype or param.dtype
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what ``state_dict`` returned; formats are those of ``format_of``, not the parameters'."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, torch.Tensor) and key != "step":
+                    goes_along = value.shape == param.shape and value.is_floating_point() and key not in self.blocks
+                    dtype = self.format_of(key, param) if goes_along else value.dtype
+                    self.state[param][key] = value.to(param.device, dtype)
 
     @contextmanager
     def asked(self, request: Request) -> Iterator[None]:
@@ -141,6 +193,23 @@ def takes_pieces(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer updates any piece of a parameter: otherwise parameters must come whole."""
     granularity = granularity_of(optimizer)
     return granularity == "element" or (granularity == "tensor" and isinstance(optimizer, FlatOptimizer))
+
+
+def whole_parameters(optimizer: torch.optim.Optimizer) -> frozenset[torch.nn.Parameter]:
+    """Return those of an optimizer's parameters that must come whole."""
+    if takes_pieces(optimizer):
+        return frozenset()
+    return frozenset(
+        param
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if not isinstance(optimizer, FlatOptimizer) or optimizer.needs_whole(group, param)
+    )
+
+
+def blocks_of(optimizer: torch.optim.Optimizer) -> Mapping[str, int]:
+    """Return the keys of state that has one element for a block of the parameter's, with the lengths of the blocks."""
+    return optimizer.blocks if isinstance(optimizer, FlatOptimizer) else {}
 
 
 def clip_factor(norm: torch.Tensor, clip: float) -> torch.Tensor:

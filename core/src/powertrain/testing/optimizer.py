@@ -28,12 +28,16 @@ from powertrain.testing.training import (
     check,
     close_to,
     first_half,
+    flat_adamw,
     parameters_of,
     plain,
     whole,
 )
 
 Body = Callable[[Rig], Any]
+
+both = pytest.mark.parametrize("optimizer", [adamw, flat_adamw], ids=["torch", "flat"])
+"""An optimizer of torch, and one that scales and casts on its way."""
 
 
 class OptimizerWrapperContract(ParameterAccessContract):
@@ -81,30 +85,34 @@ class OptimizerWrapperContract(ParameterAccessContract):
         """Momentum SGD gives the plain loop's losses, norms and parameters, however the batch is split."""
         self.compare(Recipe(ranks=ranks, accumulation=accumulation))
 
+    @both
     @pytest.mark.parametrize("ranks", [1, 2])
-    def test_is_the_plain_loop_with_adamw(self, ranks: int) -> None:
+    def test_is_the_plain_loop_with_adamw(self, ranks: int, optimizer: Any) -> None:
         """AdamW gives the plain loop's result; parameters that nobody uses do not even decay."""
-        self.compare(Recipe(ranks=ranks, accumulation=2, optimizer=adamw))
+        self.compare(Recipe(ranks=ranks, accumulation=2, optimizer=optimizer))
 
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_clips_by_the_global_norm(self, ranks: int) -> None:
         """Gradients are clipped by the norm of the mean over all ranks, which is also what it reports."""
         self.compare(Recipe(ranks=ranks, accumulation=2, clip=0.05))
 
+    @both
     @pytest.mark.parametrize("ranks", [1, 2])
-    def test_divides_by_the_scale(self, ranks: int) -> None:
+    def test_divides_by_the_scale(self, ranks: int, optimizer: Any) -> None:
         """A factor on the loss is taken out before clipping, and of the norm."""
-        self.compare(Recipe(ranks=ranks, scale=1024.0, clip=0.5))
+        self.compare(Recipe(ranks=ranks, scale=1024.0, clip=0.05, optimizer=optimizer))
 
+    @both
     @pytest.mark.parametrize("ranks", [1, 2])
-    def test_skips_overflows(self, ranks: int) -> None:
+    def test_skips_overflows(self, ranks: int, optimizer: Any) -> None:
         """A gradient that is not finite on one rank skips the step on all, and leaves no trace."""
-        self.compare(Recipe(ranks=ranks, overflow=1, scale=8.0, optimizer=adamw))
+        self.compare(Recipe(ranks=ranks, overflow=1, scale=8.0, clip=0.05, optimizer=optimizer))
 
     @pytest.mark.parametrize("accumulation", [1, 2])
     def test_ranks_may_take_different_branches(self, accumulation: int) -> None:
         """A parameter that only one rank or micro-batch uses is averaged with zeros, and nobody waits for ever."""
         self.compare(Recipe(ranks=2, accumulation=accumulation, branch=first_half))
+        self.compare(Recipe(ranks=2, accumulation=accumulation, branch=first_half, optimizer=flat_adamw))
 
     def test_ranks_stay_equal(self) -> None:
         """After several steps every rank holds the same bits."""

@@ -22,6 +22,7 @@ from powertrain.testing.training import (
     check,
     close_to,
     first_half,
+    flat_adamw,
     loss_of,
     plain,
     whole,
@@ -100,10 +101,11 @@ class ParameterAccessContract:
 
         close_to(joined(self.on_ranks(recipe, body), "value"), plain(recipe).parameters[-1])
 
+    @pytest.mark.parametrize("optimizer", [adamw, flat_adamw], ids=["torch", "flat"])
     @pytest.mark.parametrize("ranks", [1, 2])
-    def test_parts_show_the_mean_gradient(self, ranks: int) -> None:
+    def test_parts_show_the_mean_gradient(self, ranks: int, optimizer: Any) -> None:
         """From a step to the next micro-batch the mean gradient is there, unscaled and clipped, on all ranks."""
-        recipe = Recipe(ranks=ranks, accumulation=2, scale=1024.0, clip=0.05, branch=first_half)
+        recipe = Recipe(ranks=ranks, accumulation=2, scale=1024.0, clip=0.05, branch=first_half, optimizer=optimizer)
 
         def body(rig: Rig) -> list[Parts]:
             found = []
@@ -123,6 +125,53 @@ class ParameterAccessContract:
             close_to(joined(ranks_parts, "grad"), expected)
             for held in ranks_parts:
                 assert {name for name, parts in held.items() if "grad" in parts} == expected.keys()
+
+    @pytest.mark.parametrize("optimizer", [adamw, flat_adamw], ids=["torch", "flat"])
+    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize("accumulate", ["fp32", "bf16"])
+    def test_step_hooks_see_what_the_update_uses(self, ranks: int, optimizer: Any, accumulate: str) -> None:
+        """Who listens to the optimizer's steps hears of one a step, with gradients unscaled and clipped."""
+        recipe = Recipe(ranks=ranks, scale=1024.0, clip=0.05, optimizer=optimizer)
+        config = {**self.config, "precision": {"reduce": accumulate, "accumulate": accumulate}}
+
+        def body(rig: Rig) -> None:
+            seen: list[list[torch.Tensor]] = []
+
+            def listen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+                grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
+                seen.append([grad.detach().flatten().float() + 0 for grad in grads if grad is not None])
+
+            rig.wrapper.optimizer.register_step_pre_hook(listen)
+            rig.train([0, 1])
+            assert len(seen) == 2
+            shown = [parts["grad"].tensor.flatten().float() for parts in copied(rig).values() if "grad" in parts]
+            shown = [grad for grad in shown if grad.numel()]
+            assert shown
+            assert len(seen[1]) == len(shown)
+            for grad in shown:
+                near = [torch.allclose(grad, other, rtol=1e-2) for other in seen[1] if other.shape == grad.shape]
+                assert any(near), "a listener saw other gradients than the update's"
+
+        self.on_ranks(recipe, body, config=config)
+
+    @pytest.mark.parametrize("optimizer", [adamw, flat_adamw], ids=["torch", "flat"])
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_the_model_is_what_the_masters_round_to(self, ranks: int, optimizer: Any) -> None:
+        """In low precision the model has, bit for bit, the rounded masters, whoever rounds them."""
+        recipe = Recipe(ranks=ranks, optimizer=optimizer, branch=first_half)
+
+        def body(rig: Rig) -> tuple[Parts, dict[str, torch.Tensor]]:
+            rig.train([0, 1, 2])
+            held = copied(rig)
+            with rig.wrapper.gathered(list(rig.model.parameters())):
+                return held, {name: param.detach().clone() for name, param in named(rig).items()}
+
+        results = self.on_ranks(recipe, body, config={**self.config, **LOW})
+        masters = joined([held for held, _ in results], "value")
+        for _, model in results:
+            for name, param in model.items():
+                assert not self.low_precision or param.dtype == torch.bfloat16
+                assert torch.equal(param, masters[name].to(param.dtype)), f"{name} is not what its master rounds to"
 
     @pytest.mark.parametrize("ranks", [1, 2, 3])
     def test_written_values_are_trained_on(self, ranks: int) -> None:

@@ -10,8 +10,9 @@ import attrs
 import pytest
 import torch
 
+from powertrain.kernels.updates import Operands, adam
 from powertrain.roles.checkpoint import Snapshot
-from powertrain.roles.optimizer import OptimizerWrapper, Update
+from powertrain.roles.optimizer import FlatOptimizer, OptimizerWrapper, Update
 from powertrain.testing.memory_store import MemoryReader
 
 MICRO = 2
@@ -68,6 +69,40 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1, eps=1e-3)
 
 
+class FlatAdamW(FlatOptimizer):
+    """AdamW as a ``FlatOptimizer``: scales, and casts into ``request.outs``, on its way."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    def update(self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]) -> None:
+        """Update ``params`` one by one."""
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros(())
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = torch.zeros_like(param, dtype=self.format_of(key, param))
+            state["step"] += 1
+            out = self.request.outs.get(param)
+            operands = Operands(
+                params=[param.detach()],
+                grads=[self.grad_of(param)],
+                firsts=[state["exp_avg"]],
+                seconds=[state["exp_avg_sq"]],
+                outs=[] if out is None else [out],
+            )
+            adam(
+                operands, step=int(state["step"]), lr=group["lr"], beta1=0.9, beta2=0.999, eps=1e-3, weight_decay=0.1,
+                decoupled=True, scale=self.request.scale,
+            )  # fmt: skip
+
+
+def flat_adamw(params: Any) -> torch.optim.Optimizer:
+    """Return the same optimizer as ``adamw``, as one that wrappers ask for more."""
+    return FlatAdamW(params)
+
+
 def micro_batch(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return inputs and targets of micro-batch ``index`` of a step's global batch."""
     generator = torch.Generator().manual_seed(1000 * step + index)
@@ -77,7 +112,9 @@ def micro_batch(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
 def loss_of(model: torch.nn.Module, step: int, index: int, recipe: Recipe) -> torch.Tensor:
     """Return the mean loss of one micro-batch."""
     inputs, targets = micro_batch(step, index)
-    return torch.nn.functional.mse_loss(model(inputs, recipe.branch(index)), targets)
+    # In low precision the engine casts what goes in.
+    outputs = model(inputs.to(model.get_parameter("head.bias").dtype), recipe.branch(index))
+    return torch.nn.functional.mse_loss(outputs.float(), targets)
 
 
 @attrs.frozen(kw_only=True)

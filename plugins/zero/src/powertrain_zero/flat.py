@@ -57,7 +57,7 @@ class Segment:
         """Return whether an entry of optimizer state goes with the parameter's elements: not a step count."""
         return tuple(shape) == self.shape and key != "step"
 
-    def share(self, key: str, value: Any, dtype: torch.dtype, group: Mapping[str, Any]) -> Any:
+    def share(self, key: str, value: Any, dtype: torch.dtype, group: Mapping[str, Any], block: int = 0) -> Any:
         """Return this segment's part of a whole parameter's optimizer state, a copy where the master's rests.
 
         Args:
@@ -65,19 +65,31 @@ class Segment:
             value: a tensor of the parameter's shape, another tensor, or anything else, which stays as it is.
             dtype: of the result, where it goes with the elements and is floating-point.
             group: the parameter's group.
+            block: it has one element for so many of the parameter's; 0: it has not.
         """
         if not isinstance(value, torch.Tensor) or value.is_meta:
             return value
+        if block:
+            first = self.start // block
+            return value.detach()[first : first + self.blocks(block)].to(self.master.device, copy=True)
         if not self.is_cut(key, value.shape):
             return value.detach().to(device_of_state(key, group, self.master.device), copy=True)
         part = value.detach().reshape(-1)[self.start : self.start + self.master.numel()].view(self.master.shape)
         return part.to(self.master.device, dtype if part.is_floating_point() else part.dtype, copy=True)
 
-    def slice(self, prefix: str, tensor: torch.Tensor) -> TensorSlice:
+    def blocks(self, block: int) -> int:
+        """Return how many blocks of a length this segment has; it starts where one does."""
+        return -(-self.master.numel() // block)
+
+    def slice(self, prefix: str, tensor: torch.Tensor, block: int = 0) -> TensorSlice:
         """Return ``tensor`` as a slice of a global one.
 
-        What has not the master's shape (a step count, a factored moment of a whole tensor) is a global tensor itself.
+        What has not the master's shape (a step count, a factored moment of a whole tensor) is a global tensor itself,
+        unless it has one element for each ``block`` of the parameter's.
         """
+        if block:
+            shape = (-(-math.prod(self.shape) // block),)
+            return TensorSlice(prefix, shape, tensor.detach(), self.start // block)
         if tensor.shape != self.master.shape:
             return TensorSlice(prefix, tuple(tensor.shape), tensor.detach().reshape(-1))
         return TensorSlice(prefix, self.shape, tensor.detach().reshape(-1), self.start)
@@ -97,6 +109,8 @@ class Flat:
         resident: whether the whole buffer stays; otherwise it is empty until ``allocate``.
         whole_tensors: whether each parameter lies in one rank's slice as a whole.
         multiple: the slice's length is a multiple of this many elements.
+        align: each parameter starts at a multiple of this many.
+        turn: the slice at which whole tensors start to be dealt out.
 
     Attributes:
         shard: this rank's slice, flat, in ``master_dtype``.
@@ -116,10 +130,14 @@ class Flat:
         resident: bool,
         whole_tensors: bool = False,
         multiple: int = ALIGN,
+        align: int = ALIGN,
+        turn: int = 0,
     ) -> None:
         self.named = list(named)
         self.trainable = named[0][1].requires_grad
-        self.layout = flat_layout(named, groups.shards, whole_tensors=whole_tensors, multiple=multiple)
+        self.layout = flat_layout(
+            named, groups.shards, whole_tensors=whole_tensors, multiple=multiple, align=align, turn=turn
+        )
         self.numel = self.layout.numel
         self.shard_numel = self.numel // groups.shards
         self.resident = resident
@@ -220,7 +238,13 @@ class Flat:
 
 
 def flat_layout(
-    named: Sequence[Named], shards: int, *, whole_tensors: bool = False, multiple: int = ALIGN
+    named: Sequence[Named],
+    shards: int,
+    *,
+    whole_tensors: bool = False,
+    multiple: int = ALIGN,
+    align: int = ALIGN,
+    turn: int = 0,
 ) -> FlatLayout:
     """Lay parameters out in a buffer of ``shards`` equal slices.
 
@@ -230,16 +254,20 @@ def flat_layout(
         whole_tensors: put each parameter into one slice as a whole, the largest
             first into the slice with most room; slices are padded to the fullest.
         multiple: a slice's length is a multiple of this.
+        align: each parameter starts at a multiple of this; so does a slice, if ``multiple`` is one.
+        turn: the slice at which whole tensors start to be dealt out. Units of one shape with a turn each give every
+            rank as much to compute, though not every unit has a tensor for each.
     """
     sizes = [(name, tuple(param.shape)) for name, param in named]
     if not whole_tensors or shards == 1:
-        return FlatLayout.build(sizes, align=ALIGN, multiple=shards * multiple)
+        return FlatLayout.build(sizes, align=align, multiple=shards * multiple)
     loads = [0] * shards
+    order = [(turn + number) % shards for number in range(shards)]
     places: dict[str, tuple[int, int]] = {}
     for name, shape in sorted(sizes, key=lambda item: -math.prod(item[1])):
-        slot = loads.index(min(loads))
+        slot = min(order, key=loads.__getitem__)
         places[name] = (slot, loads[slot])
-        loads[slot] += -(-math.prod(shape) // ALIGN) * ALIGN
+        loads[slot] += -(-math.prod(shape) // align) * align
     length = -(-max(loads) // multiple) * multiple
     entries = tuple(FlatEntry(name, shape, places[name][0] * length + places[name][1]) for name, shape in sizes)
     return FlatLayout(entries, shards * length)

@@ -9,7 +9,7 @@ import torch
 
 from powertrain.context import Context
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
-from powertrain.roles.optimizer import device_of_state, granularity_of
+from powertrain.roles.optimizer import FlatOptimizer, blocks_of, device_of_state, granularity_of
 from powertrain_zero.flat import Segment
 from powertrain_zero.unit import Unit
 
@@ -27,6 +27,7 @@ class SavedState:
         self._units = list(units)
         self._optimizer = optimizer
         self._communicator = context.communicator
+        self._blocks = blocks_of(optimizer)
         self._state_dtype = context.recipe.state if granularity_of(optimizer) == "element" else None
 
     def _segments(self) -> Iterator[Segment]:
@@ -41,7 +42,7 @@ class SavedState:
             result.append(segment.slice(f"model/{segment.name}", segment.master))
             for key, value in self._optimizer.state.get(segment.master, {}).items():
                 if isinstance(value, torch.Tensor):
-                    result.append(segment.slice(f"optimizer/{segment.name}/{key}", value))
+                    result.append(segment.slice(f"optimizer/{segment.name}/{key}", value, self._blocks.get(key, 0)))
         return result
 
     def values(self) -> dict[str, Any]:
@@ -86,8 +87,9 @@ class SavedState:
                 info = reader.tensors[full_name]
                 value = self._empty(segment, key, info.shape, info.dtype, group_of[segment.master])
                 state[key] = value
-                if info.shape == segment.shape:
-                    wanted.append(segment.slice(full_name, value))
+                block = self._blocks.get(key, 0)
+                if block or info.shape == segment.shape:
+                    wanted.append(segment.slice(full_name, value, block))
                 else:
                     wanted.append(TensorSlice(full_name, tuple(info.shape), value.view(-1)))
             states.append((segment, state))
@@ -103,8 +105,17 @@ class SavedState:
     ) -> torch.Tensor:
         """Return memory for one piece of state."""
         master = segment.master
+        if block := self._blocks.get(key, 0):
+            return torch.empty(segment.blocks(block), dtype=dtype, device=master.device)
         if segment.is_cut(key, shape):
             # Another run may have kept it in another format.
-            kind = dtype if self._state_dtype is None or not dtype.is_floating_point else self._state_dtype
-            return torch.empty(master.shape, dtype=kind, device=master.device)
+            return torch.empty(master.shape, dtype=self._format(key, master, dtype), device=master.device)
         return torch.empty(tuple(shape), dtype=dtype, device=device_of_state(key, group, master.device))
+
+    def _format(self, key: str, master: torch.Tensor, saved: torch.dtype) -> torch.dtype:
+        """Return the format of state that goes with the elements."""
+        if not saved.is_floating_point:
+            return saved
+        if isinstance(self._optimizer, FlatOptimizer):
+            return self._optimizer.format_of(key, master)
+        return self._state_dtype or saved

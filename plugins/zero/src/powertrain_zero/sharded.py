@@ -8,7 +8,8 @@ flat buffer's parameters stay whole (``resident``) and whether its gradients do.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict, deque
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from powertrain.context import Context
 from powertrain.errors import CommunicationError, ShardingError
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.communicator import Handle
-from powertrain.roles.optimizer import FlatOptimizer, OptimizerWrapper, Update, takes_pieces
+from powertrain.roles.optimizer import FlatOptimizer, OptimizerWrapper, Update, blocks_of, whole_parameters
 from powertrain_zero.arena import Arena
 from powertrain_zero.config import ZeroConfig
 from powertrain_zero.flat import ALIGN, Flat, flat_layout
@@ -34,7 +35,7 @@ from powertrain_zero.quantized_wire import QuantizedGather
 from powertrain_zero.reductions import Reductions
 from powertrain_zero.saved import SavedState
 from powertrain_zero.unit import Unit
-from powertrain_zero.units import Named, UnitPlan, plan_buckets, plan_units
+from powertrain_zero.units import UnitPlan, kinds, plan_buckets, plan_units
 from powertrain_zero.update import Updater
 from powertrain_zero.wire import GatherWire, PlainGather, PlainReduce, ReduceWire
 
@@ -58,11 +59,13 @@ class ShardedOptimizer(OptimizerWrapper):
         self.groups = Groups.build(config, context.communicator)
         self._context = context
         self._communicator = context.communicator
+        self._whole = whole_parameters(optimizer)
+        self._blocks = blocks_of(optimizer)
         plans = plan_units(model, config.unit)
         # Alone, there is nobody to keep the rest: parameters and gradients stay whole.
         self.stage = config.stage if self.groups.shards > 1 else 1
         if self.stage < 3:
-            plans = plan_buckets(model, config.bucket)
+            plans = plan_buckets(model, config.bucket, self._whole, self.groups.shards)
         if self.groups.shards == 1:
             _log.info("stage %d among 1 rank: there is nobody to keep the rest, everything stays whole", config.stage)
         elif config.idle:
@@ -73,8 +76,9 @@ class ShardedOptimizer(OptimizerWrapper):
         self._writing: list[list[torch.nn.Parameter]] = []
         self._flights: deque[FlatGradients] = deque()
         self._pool = BufferPool(self._communicator, self.groups.shard, context.recipe.reduce)
-        self._whole_tensors = not takes_pieces(optimizer)
-        self._gather_wire, self._reduce_wire, self._multiple = self._wires(config)
+        self._gather_wire, self._reduce_wire, multiple = self._wires(config)
+        self._align = math.lcm(ALIGN, *self._blocks.values())
+        self._multiple = math.lcm(multiple, self._align)
         self._whole_gradients = add_up_whole(self.stage, self.groups.shards, context.batch.accumulation)
         masters = Arena(lambda numel, dtype: torch.zeros(numel, dtype=dtype, device=self._communicator.device))
         gradients = Arena(lambda numel, dtype: self._communicator.empty(numel, dtype, self.groups.shard))
@@ -82,7 +86,7 @@ class ShardedOptimizer(OptimizerWrapper):
             self._announce(plan, masters, gradients)
         masters.allocate()
         gradients.allocate()
-        self.units = [self._make_unit(plan, masters, gradients) for plan in plans]
+        self.units = [self._make_unit(turn, plan, masters, gradients) for turn, plan in enumerate(plans)]
         self._home = {
             param: (unit, flat, index)
             for unit in self.units
@@ -131,43 +135,36 @@ class ShardedOptimizer(OptimizerWrapper):
             reduce = QuantizedReduce(communicator, nodes, Blockwise(8 if config.reduce == "int8" else 4))
         return gather, reduce, ALIGN if config.gather is None and config.reduce is None else BLOCK
 
-    def _kinds(self, plan: UnitPlan) -> dict[tuple[bool, torch.dtype], list[Named]]:
-        """Return a unit's parameters by what must lie apart: trainable or not, and the type they have in the model."""
-        kinds: dict[tuple[bool, torch.dtype], list[Named]] = defaultdict(list)
-        for name, param in plan.params:
-            dtype = self._context.recipe.parameters if param.is_floating_point() else param.dtype
-            kinds[param.requires_grad, dtype].append((name, param))
-        return kinds
-
     def _announce(self, plan: UnitPlan, masters: Arena, gradients: Arena) -> None:
         """Tell how much of a unit stays on this rank beside whole buffers."""
         recipe, shards = self._context.recipe, self.groups.shards
-        for (trainable, dtype), named in self._kinds(plan).items():
-            whole_tensors = self._whole_tensors and trainable
-            layout = flat_layout(named, shards, whole_tensors=whole_tensors, multiple=self._multiple)
-            master = recipe.master if trainable else dtype
-            if self.stage == 3 or master != dtype:  # otherwise the slice is a part of the whole buffer
+        for kind, named in kinds(plan, recipe.parameters, self._whole).items():
+            layout = flat_layout(named, shards, whole_tensors=kind.whole, multiple=self._multiple, align=self._align)
+            master = recipe.master if kind.trainable else kind.dtype
+            if self.stage == 3 or master != kind.dtype:  # otherwise the slice is a part of the whole buffer
                 masters.want(layout.numel // shards, master)
-            if trainable and not self._whole_gradients:
+            if kind.trainable and not self._whole_gradients:
                 gradients.want(layout.numel // shards, recipe.accumulate)
 
-    def _make_unit(self, plan: UnitPlan, masters: Arena, gradient_arena: Arena) -> Unit:
+    def _make_unit(self, turn: int, plan: UnitPlan, masters: Arena, gradient_arena: Arena) -> Unit:
         """Give a unit its memory."""
         recipe = self._context.recipe
         flats = [
             Flat(
                 named,
-                dtype=dtype,
-                master_dtype=recipe.master if trainable else dtype,
+                dtype=kind.dtype,
+                master_dtype=recipe.master if kind.trainable else kind.dtype,
                 groups=self.groups,
                 communicator=self._communicator,
                 birth=self._context.birth,
                 arena=masters,
                 resident=self.stage < 3,
-                whole_tensors=self._whole_tensors and trainable,
+                whole_tensors=kind.whole,
                 multiple=self._multiple,
+                align=self._align,
+                turn=turn,
             )
-            for (trainable, dtype), named in self._kinds(plan).items()
+            for kind, named in kinds(plan, recipe.parameters, self._whole).items()
         ]
         gradients = [
             FlatGradients(
@@ -354,7 +351,7 @@ class ShardedOptimizer(OptimizerWrapper):
             result["grad"] = segment.slice(name, segment.of(gradients.shard))
         for key, value in self.optimizer.state.get(segment.master, {}).items():
             if isinstance(value, torch.Tensor):
-                result[f"optimizer/{key}"] = segment.slice(name, value)
+                result[f"optimizer/{key}"] = segment.slice(name, value, self._blocks.get(key, 0))
         return result
 
     def _reduced(self, unit: Unit, flat: Flat, index: int) -> FlatGradients | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -226,17 +226,80 @@ def _pieces(module: torch.nn.Module, path: str, limit: int) -> Iterator[tuple[st
             yield from _pieces(child, below, limit)
 
 
-def plan_buckets(model: torch.nn.Module, limit: int) -> list[UnitPlan]:
-    """Cut a model's parameters, in the order of registration, into runs of at most ``limit``; a larger one alone."""
+def plan_buckets(
+    model: torch.nn.Module, limit: int, whole: Container[torch.nn.Parameter] = (), shards: int = 1
+) -> list[UnitPlan]:
+    """Cut a model's parameters, in the order of registration, into runs of at most ``limit``; a larger one alone.
+
+    Where parameters must lie in slices as wholes, a run goes on until they fill the slices about evenly: else most of a
+    buffer would be padding.
+
+    Args:
+        model: whose parameters.
+        limit: elements of a run.
+        whole: those that must lie in one slice each.
+        shards: slices of a run.
+    """
     runs: list[list[Named]] = []
     size = 0
     for name, param in named_parameters(model):
-        if not runs or size + param.numel() > limit:
+        if not runs or (size + param.numel() > limit and _even(runs[-1], whole, shards)):
             runs.append([])
             size = 0
         runs[-1].append((name, param))
         size += param.numel()
+    while len(runs) > 1 and not _even(runs[-1], whole, shards):
+        last = runs.pop()
+        runs[-1] += last
     return [UnitPlan(_span(run), (), tuple(run)) for run in runs]
+
+
+def _even(run: Sequence[Named], whole: Container[torch.nn.Parameter], shards: int) -> bool:
+    """Return whether whole parameters fill the slices of a run to four fifths at least."""
+    sizes = [param.numel() for _, param in run if param in whole]
+    return shards == 1 or not sizes or 5 * sum(sizes) >= 4 * shards * max(loads(sizes, shards))
+
+
+def loads(sizes: Iterable[int], shards: int) -> list[int]:
+    """Return how full slices get when whole tensors, the largest first, go to the one with most room."""
+    result = [0] * shards
+    for size in sorted(sizes, reverse=True):
+        result[result.index(min(result))] += size
+    return result
+
+
+@attrs.frozen
+class Kind:
+    """What lies apart in a unit.
+
+    Attributes:
+        trainable: or frozen.
+        dtype: in the model.
+        whole: each parameter lies in one slice as a whole.
+    """
+
+    trainable: bool
+    dtype: torch.dtype
+    whole: bool
+
+
+def kinds(plan: UnitPlan, dtype: torch.dtype, whole: Container[torch.nn.Parameter]) -> dict[Kind, list[Named]]:
+    """Return a unit's parameters by what must lie apart.
+
+    Args:
+        plan: the unit.
+        dtype: of floating-point parameters in the model.
+        whole: those that must come whole.
+    """
+    result: dict[Kind, list[Named]] = {}
+    for name, param in plan.params:
+        kind = Kind(
+            param.requires_grad,
+            dtype if param.is_floating_point() else param.dtype,
+            param.requires_grad and param in whole,
+        )
+        result.setdefault(kind, []).append((name, param))
+    return result
 
 
 def _span(run: Sequence[Named]) -> str:

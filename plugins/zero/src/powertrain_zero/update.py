@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +13,7 @@ from powertrain.compat import has_step_hooks
 from powertrain.context import Context
 from powertrain.errors import PrecisionError, ShardingError
 from powertrain.roles.communicator import Done, Handle
-from powertrain.roles.optimizer import FlatOptimizer, Request, Update, clip_factor, granularity_of
+from powertrain.roles.optimizer import FlatOptimizer, Request, Update, blocks_of, clip_factor, granularity_of
 from powertrain_zero.flat import Segment
 from powertrain_zero.groups import Groups
 from powertrain_zero.unit import Unit
@@ -38,6 +40,8 @@ class Updater:
         self._communicator = context.communicator
         self._state_dtype = context.recipe.state
         self._master_dtype = context.recipe.master
+        if self._flat is not None and self._state_dtype != self._master_dtype:
+            self._flat.state_dtype = self._state_dtype
         segments: dict[torch.nn.Parameter, list[Segment]] = {}
         unit_of: dict[torch.nn.Parameter, Unit] = {}
         self._outs: dict[torch.nn.Parameter, torch.Tensor] = {}  # where new values go in the model's format
@@ -61,8 +65,7 @@ class Updater:
             if state := optimizer.state.pop(param, None):
                 for segment in parts:
                     optimizer.state[segment.master] = {
-                        key: segment.share(key, value, self._state_dtype, group_of.get(param, {}))
-                        for key, value in state.items()
+                        key: self._share(segment, key, value, group_of.get(param, {})) for key, value in state.items()
                     }
         self._lengths = [len(group["params"]) for group in optimizer.param_groups]
         self._members = {unit: [[] for _ in optimizer.param_groups] for unit in units}  # type: ignore[var-annotated]
@@ -74,8 +77,6 @@ class Updater:
         elementwise = granularity_of(optimizer) == "element"
         of_torch = self._flat is not None or type(optimizer).__module__.startswith("torch.optim.")
         travels = groups.shards > 1 and any(unit.resident for unit in units)
-        if self._flat is not None and self._state_dtype != self._master_dtype:
-            self._flat.state_dtype = self._state_dtype
         self._converts = self._state_dtype != self._master_dtype and self._flat is None
         if self._converts and not elementwise:
             raise PrecisionError(
@@ -86,6 +87,11 @@ class Updater:
             )
         self._by_unit = elementwise and of_torch and (travels or self._converts)
         self._scale: float | torch.Tensor = 1.0  # what the update multiplied gradients by, and they were not yet
+
+    def _share(self, segment: Segment, key: str, value: Any, group: Mapping[str, Any]) -> Any:
+        """Return a segment's part of what the optimizer knows of a whole parameter."""
+        dtype = self._state_dtype if self._flat is None else self._flat.format_of(key, segment.master)
+        return segment.share(key, value, dtype, group, blocks_of(self._optimizer).get(key, 0))
 
     def step(
         self,
@@ -139,6 +145,8 @@ class Updater:
         listened = has_step_hooks(self._optimizer)  # who listens hears of one step, and sees what it uses
         if listened:
             self.show()
+            for master, grad in grads.items():  # in the master's format; _put_back takes the copy away
+                master.grad = grad if grad.dtype == master.dtype else grad.to(master.dtype)
         by_unit = self._by_unit and not listened
         with self._asked(grads):
             if not by_unit:
@@ -160,15 +168,18 @@ class Updater:
         others = {master: grad for master, grad in grads.items() if master.grad is not grad}
         return self._flat.asked(Request(scale=self._scale, outs=self._outs, grads=others, total=self._total))
 
-    def _total(self, sums: torch.Tensor, params: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-        """Add up figures of parameters over the ranks that hold pieces of them."""
+    def _total(
+        self, figures: torch.Tensor, params: Sequence[torch.nn.Parameter], how: Literal["sum", "max"] = "sum"
+    ) -> torch.Tensor:
+        """Combine figures of parameters over the ranks that hold pieces of them."""
         if self._groups.shards == 1:
-            return sums
+            return figures
         rows = torch.tensor([self._numbers[param] for param in params], dtype=torch.int64)
-        everything = torch.zeros(self._parameters, *sums.shape[1:], device=self._communicator.device)
-        everything[rows] = sums.to(everything)
-        self._communicator.all_reduce(everything, self._groups.shard, label="sums over tensors").wait()
-        return everything[rows].to(sums)
+        nothing = 0.0 if how == "sum" else -math.inf  # what a rank says of parameters that it has no piece of
+        everything = figures.new_full((self._parameters, *figures.shape[1:]), nothing, device=self._communicator.device)
+        everything[rows] = figures.to(everything)
+        self._communicator.all_reduce(everything, self._groups.shard, reduction=how, label=f"{how} over tensors").wait()
+        return everything[rows].to(figures)
 
     @torch.no_grad()
     def show(self) -> None:

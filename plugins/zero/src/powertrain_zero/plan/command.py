@@ -132,6 +132,13 @@ class Planner:
         """What the optimizer keeps."""
         return self._probed()
 
+    @cached_property
+    def whole(self) -> frozenset[str] | None:
+        """The parameters that the optimizer must see whole."""
+        from powertrain_zero.plan.settings import whole_names
+
+        return whole_names(self._settings.config, self._model)
+
     @property
     def fixed(self) -> int:
         """The bytes of the process itself, where they share the memory of tensors."""
@@ -156,7 +163,14 @@ class Planner:
 
         recipe = make_recipe(self._settings.config, compute=choice.compute)
         zero = with_stage(self._settings.zero, choice.stage)
-        case = Case(zero=zero, ranks=choice.ranks, recipe=recipe, on_host=self._host, accumulation=choice.accumulation)
+        case = Case(
+            zero=zero,
+            ranks=choice.ranks,
+            recipe=recipe,
+            on_host=self._host,
+            accumulation=choice.accumulation,
+            whole=None if self.optimizer.pieces else self.whole,
+        )
         return estimate(self._model, case, self.optimizer, self.activations(choice))
 
     def activations(self, choice: Choice) -> Activations:

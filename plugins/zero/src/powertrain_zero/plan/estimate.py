@@ -21,7 +21,7 @@ from powertrain_zero.gradients import IN_FLIGHT, add_up_whole
 from powertrain_zero.plan.activations import Activations
 from powertrain_zero.plan.probe import OptimizerFacts
 from powertrain_zero.quantize import BLOCK
-from powertrain_zero.units import Named, UnitPlan, plan_buckets, plan_units
+from powertrain_zero.units import UnitPlan, kinds, plan_buckets, plan_units
 
 if TYPE_CHECKING:
     from powertrain.precision import Recipe
@@ -90,6 +90,7 @@ class Case:
         recipe: number formats.
         on_host: memory is the host's, where pages count once touched.
         accumulation: micro-batches in a step.
+        whole: names of the parameters that the optimizer must see whole; None: all, unless it takes pieces.
     """
 
     zero: ZeroConfig | None
@@ -97,6 +98,7 @@ class Case:
     accumulation: int
     recipe: Recipe
     on_host: bool
+    whole: frozenset[str] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -106,6 +108,7 @@ class Piece:
     Attributes:
         unit: the place of its unit.
         layout: its layout.
+        cut: parameters may lie in several slices.
         trainable: whether it has gradients and masters.
         itemsize: bytes of a parameter as the model uses it.
         shards: how many slices it has.
@@ -113,6 +116,7 @@ class Piece:
 
     unit: int
     layout: FlatLayout
+    cut: bool
     trainable: bool
     itemsize: int
     shards: int
@@ -204,9 +208,12 @@ def _sharded(
     recipe = case.recipe
     shards = shard_count(zero, case.ranks)
     stage = zero.stage if shards > 1 else 1
-    plans = plan_buckets(model, zero.bucket) if stage < 3 else plan_units(model, zero.unit)
+    whole_ones = _whole(model, case, optimizer)
+    plans = plan_buckets(model, zero.bucket, whole_ones, shards) if stage < 3 else plan_units(model, zero.unit)
     pieces = [
-        piece for place, plan in enumerate(plans) for piece in _pieces(place, plan, case, zero, optimizer, shards)
+        piece
+        for place, plan in enumerate(plans)
+        for piece in _pieces(place, plan, case, zero, optimizer.align, whole_ones, shards)
     ]
     trainable = [piece for piece in pieces if piece.trainable]
     master, accumulate = recipe.master.itemsize, recipe.accumulate.itemsize
@@ -220,16 +227,17 @@ def _sharded(
     whole = add_up_whole(stage, shards, case.accumulation)
     gradients = sum(piece.numel if whole else piece.slice for piece in trainable) * accumulate
 
-    by_unit = optimizer.granularity == "element" and (shards > 1 or recipe.state != recipe.master)
+    converts = recipe.state != recipe.master and not optimizer.flat
+    by_unit = optimizer.pieces and (shards > 1 or converts)
     slices: dict[int, int] = defaultdict(int)
     for piece in trainable:
         slices[piece.unit] += piece.slice
     fullest = max(slices.values(), default=0)
     largest = max((min(math.prod(e.shape), p.slice) for p in trainable for e in p.layout.entries), default=0)
     update = _temporary(optimizer, case, largest, fullest if by_unit else sum(slices.values()))
-    if recipe.accumulate != recipe.master:
+    if recipe.accumulate != recipe.master and not optimizer.flat:
         update += sum(slices.values()) * master
-    if by_unit and recipe.state != recipe.master:
+    if by_unit and converts:
         update += optimizer.converted_bytes(fullest, master)
 
     gathered = _gathered(plans, pieces, zero, shards) if stage == 3 else 0
@@ -239,7 +247,7 @@ def _sharded(
     return Need(
         parameters=parameters,
         gradients=gradients,
-        optimizer=_state(trainable, optimizer, recipe, by_unit=by_unit),
+        optimizer=_state(trainable, optimizer, recipe),
         gathered=gathered,
         activations=activations.peak,
         communication=_communication(trainable, case, zero, stage, shards, whole=whole),
@@ -259,35 +267,53 @@ def shard_count(zero: ZeroConfig, ranks: int) -> int:
     return ranks if zero.shard_group is None else zero.shard_group
 
 
+def _whole(model: torch.nn.Module, case: Case, optimizer: OptimizerFacts) -> frozenset[torch.nn.Parameter]:
+    """Return the parameters that the optimizer must see whole."""
+    if optimizer.pieces:
+        return frozenset()
+    return frozenset(param for name, param in model.named_parameters() if case.whole is None or name in case.whole)
+
+
 def _pieces(
-    place: int, plan: UnitPlan, case: Case, zero: ZeroConfig, optimizer: OptimizerFacts, shards: int
+    place: int,
+    plan: UnitPlan,
+    case: Case,
+    zero: ZeroConfig,
+    align: int,
+    whole: frozenset[torch.nn.Parameter],
+    shards: int,
 ) -> Iterator[Piece]:
-    """Yield a unit's flat buffers: trainable and frozen parameters apart, and types apart."""
-    kinds: dict[tuple[bool, torch.dtype], list[Named]] = defaultdict(list)
-    for name, param in plan.params:
-        dtype = case.recipe.parameters if param.is_floating_point() else param.dtype
-        kinds[param.requires_grad, dtype].append((name, param))
+    """Yield a unit's flat buffers: trainable and frozen parameters apart, types apart, and whole ones apart."""
     quantized = shards > 1 and (zero.gather is not None or zero.reduce is not None)
-    for (trainable, dtype), named in kinds.items():
+    align = math.lcm(ALIGN, align)
+    for kind, named in kinds(plan, case.recipe.parameters, whole).items():
         layout = flat_layout(
             named,
             shards,
-            whole_tensors=optimizer.granularity != "element" and trainable,
-            multiple=BLOCK if quantized else ALIGN,
+            whole_tensors=kind.whole,
+            multiple=math.lcm(align, BLOCK if quantized else ALIGN),
+            align=align,
         )
-        yield Piece(unit=place, layout=layout, trainable=trainable, itemsize=dtype.itemsize, shards=shards)
+        yield Piece(
+            unit=place,
+            layout=layout,
+            cut=not kind.whole,
+            trainable=kind.trainable,
+            itemsize=kind.dtype.itemsize,
+            shards=shards,
+        )
 
 
-def _state(pieces: Sequence[Piece], optimizer: OptimizerFacts, recipe: Recipe, *, by_unit: bool) -> int:
+def _state(pieces: Sequence[Piece], optimizer: OptimizerFacts, recipe: Recipe) -> int:
     """Return the optimizer state of the fullest rank."""
-    if optimizer.granularity == "element":
-        kept = recipe.state.itemsize if by_unit and recipe.state != recipe.master else None
-        return sum(optimizer.state_bytes((piece.slice,), kept) for piece in pieces)
+    kept = recipe.state.itemsize if recipe.state != recipe.master else None
+    total = sum(optimizer.state_bytes((piece.slice,), kept) for piece in pieces if piece.cut)
     loads: dict[int, int] = defaultdict(int)
-    for piece in pieces:
+    for piece in (piece for piece in pieces if not piece.cut):
         for entry in piece.layout.entries:
-            loads[entry.start // piece.slice] += optimizer.state_bytes(entry.shape)
-    return max(loads.values(), default=0)
+            # Units take turns with who gets the largest.
+            loads[(entry.start // piece.slice + piece.unit) % piece.shards] += optimizer.state_bytes(entry.shape, kept)
+    return total + max(loads.values(), default=0)
 
 
 def _whole_units(pieces: Sequence[Piece]) -> dict[int, int]:

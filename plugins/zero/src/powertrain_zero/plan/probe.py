@@ -38,15 +38,19 @@ class StateTensor:
         rest: the product of its other sides.
         itemsize: bytes of an element.
         converts: whether it may rest in another format than the masters.
+        block: it has one element for so many of the parameter's; 0: it has not.
     """
 
     sides: tuple[int, ...]
     rest: int
     itemsize: int
     converts: bool
+    block: int = 0
 
     def numel(self, shape: Sequence[int]) -> int:
         """Return its elements for a parameter of some shape."""
+        if self.block:
+            return -(-math.prod(shape) // self.block)
         return self.rest * math.prod(shape[side] for side in self.sides)
 
 
@@ -56,14 +60,18 @@ class OptimizerFacts:
 
     Attributes:
         name: its class.
-        granularity: what its update must see at once.
+        pieces: it updates any piece of a parameter; otherwise parameters come whole, those excepted that it says.
+        flat: it keeps state in another format than the masters by itself; otherwise that is converted for an update.
+        align: pieces start at multiples of so many elements.
         states: what it keeps for parameters of 1, 2, 3 and 4 dimensions.
         temporary: bytes that live only within a step, for each element of the parameter that is updated.
         process: bytes that a process needs before it has tensors; 0 when unknown.
     """
 
     name: str
-    granularity: str
+    pieces: bool
+    flat: bool
+    align: int
     states: tuple[tuple[StateTensor, ...], ...]
     temporary: float
     process: int
@@ -138,19 +146,24 @@ def probe(settings: Settings) -> OptimizerFacts:
     Raises:
         OptimizerError: there is no such optimizer, or it cannot update any of them.
     """
+    from powertrain.roles.optimizer import FlatOptimizer, blocks_of, takes_pieces
+
     factory = optimizer_factory(settings.config)
     dtype = make_recipe(settings.config).master
     states, temporary, name = [], 0.0, ""
+    pieces, flat, align = True, False, 1
     failure: Exception | None = None
     for ndim in range(1, len(SIDES)):
         try:
-            name, kept, extra = _step(factory, SIDES[ndim], dtype)
+            made, kept, extra = _step(factory, SIDES[ndim], dtype)
         except PowertrainError:
             raise
         except Exception as error:  # some update matrices only
             failure, kept, extra = error, (), 0.0
         else:
-            temporary = max(temporary, extra)
+            name, temporary = type(made).__name__, max(temporary, extra)
+            pieces, flat = takes_pieces(made), isinstance(made, FlatOptimizer)
+            align = math.lcm(1, *blocks_of(made).values())
         states.append(kept)
     if not name:
         raise OptimizerError(
@@ -158,24 +171,32 @@ def probe(settings: Settings) -> OptimizerFacts:
             where="optimizer",
             found=str(failure),
         )
-    return OptimizerFacts(name, factory.granularity, tuple(states), temporary, resident())
+    return OptimizerFacts(name, pieces, flat, align, tuple(states), temporary, resident())
 
 
-def _step(factory: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, tuple[StateTensor, ...], float]:
+def _step(
+    factory: Any, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[torch.optim.Optimizer, tuple[StateTensor, ...], float]:
     import torch
 
+    from powertrain.roles.optimizer import blocks_of
+
     param = torch.nn.Parameter(torch.full(shape, 0.5, dtype=dtype))
-    optimizer = factory([param])
+    optimizer = factory([("probed", param)] if getattr(factory, "named", False) else [param])
+    optimizer.granularity = factory.granularity
     param.grad = torch.full_like(param, 0.25)
     with _meter() as count:
         optimizer.step()
-    kept = [value for value in optimizer.state[param].values() if isinstance(value, torch.Tensor)]
-    found = [_rule(value, shape) for value in kept]
+    state = {key: value for key, value in optimizer.state[param].items() if isinstance(value, torch.Tensor)}
+    found = [_rule(value, shape, blocks_of(optimizer).get(key, 0)) for key, value in state.items()]
+    kept = list(state.values())
     size = sum(value.untyped_storage().nbytes() for value in {id(v.untyped_storage()): v for v in kept}.values())
-    return type(optimizer).__name__, tuple(found), max(0, count.peak - size) / param.numel()
+    return optimizer, tuple(found), max(0, count.peak - size) / param.numel()
 
 
-def _rule(value: torch.Tensor, shape: tuple[int, ...]) -> StateTensor:
+def _rule(value: torch.Tensor, shape: tuple[int, ...], block: int) -> StateTensor:
+    if block:
+        return StateTensor((), 1, value.element_size(), converts=False, block=block)
     sides, rest = [], 1
     for length in value.shape:
         if length in shape and length > 1:

@@ -73,9 +73,12 @@ def make_recipe(config: Config, *, compute: str | None = None) -> Recipe:
 
 
 class _AnyDevice:
-    """A device that is not here: it computes in every format."""
+    """A device that is not here: it computes in every format, and has no kernels of its own."""
 
     name = "any"
+
+    def kernel(self, name: str) -> None:
+        """Return None: the PyTorch reference stands for the device's kernels."""
 
     def dtypes(self) -> frozenset[torch.dtype]:
         """Return the formats of a configuration."""
@@ -100,11 +103,34 @@ def optimizer_factory(config: Config) -> OptimizerFactory:
         kind = load(name)
         if "make_optimizer" in hooks_of(kind):
             makers.append(kind(settings))
-    made = Registry(makers, config.plugins.pin).one("make_optimizer", name=table.name, options=dict(table.options))
+    made = Registry(makers, config.plugins.pin).one(
+        "make_optimizer", name=table.name, options=dict(table.options), accelerator=_AnyDevice()
+    )
     factory: OptimizerFactory | None = made or optimizers.torch_factory(table.name, table.options)
     if factory is None:
         raise OptimizerError(f"no plugin makes the optimizer {table.name!r}", where="optimizer.name")
     return factory
+
+
+def whole_names(config: Config, model: torch.nn.Module) -> frozenset[str] | None:
+    """Return the names of the parameters that the configured optimizer must see whole; None: it refuses such a model.
+
+    Args:
+        config: of the run.
+        model: on the meta device.
+    """
+    from powertrain.names import named_parameters
+    from powertrain.roles.optimizer import whole_parameters
+
+    factory = optimizer_factory(config)
+    named = [(name, param) for name, param in named_parameters(model) if param.requires_grad]
+    try:
+        made = factory(named if getattr(factory, "named", False) else [param for _, param in named])
+    except Exception:  # of whatever kind an optimizer raises: the run itself will say it
+        return None
+    made.granularity = factory.granularity  # type: ignore[attr-defined]
+    whole = whole_parameters(made)
+    return frozenset(name for name, param in named if param in whole)
 
 
 def on_host(config: Config) -> bool:
