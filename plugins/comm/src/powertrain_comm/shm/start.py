@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from powertrain import native
@@ -32,9 +33,10 @@ def share(inner: Communicator, rank: Rank, timeout: float, *, asked: bool) -> Co
         CommunicatorMissing: shared memory was asked for, and a rank cannot have it.
         CommunicationError: a rank did not come.
     """
-    module = native.try_load(SOURCE, "gloo")
     try:
-        host = connect(module, inner, rank)
+        if sys.platform != "linux":
+            raise Unavailable(f"{sys.platform} has no memory that can be shared without a name")
+        host = connect(native.try_load(SOURCE, "gloo"), inner, rank)
     except Unavailable as error:
         if asked:
             inner.close()

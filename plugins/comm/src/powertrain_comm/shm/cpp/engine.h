@@ -168,9 +168,9 @@ class Engine {
             for (Queue* queue : active_) moved |= advance(*queue);
             if (moved) {
                 idle = 0;
-            } else if (++idle <= spins_) {
+            } else if (target && ++idle <= spins_) {  // who only carries on would take the time of who computes
                 pause();
-            } else if (!spins_ && idle <= kYields) {
+            } else if (target && !spins_ && idle <= kYields) {
                 sched_yield();
             } else {
                 const auto now = Clock::now();
