@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import powertrain
+from powertrain_cpu.accelerator import CpuAccelerator
 
 STEPS = 4
 MICRO_BATCHES = 4
@@ -71,10 +72,11 @@ def make(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return made
 
 
-def plain_run(name: str, clip: float = CLIP) -> dict[str, Any]:
-    """Train with nothing but PyTorch and the class; the second branch is used by every second micro-batch only."""
+def plain_run(name: str, clip: float = CLIP, accelerator: Any = None) -> dict[str, Any]:
+    """Train with nothing but PyTorch and the class, which calls no device's kernels unless it is given one."""
     model = make_tower()
     optimizer = make(name, model)
+    optimizer.accelerator = accelerator  # type: ignore[attr-defined]
     norms = []
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -98,7 +100,6 @@ def train(
     save: str = "",
     load: str = "",
     more: int = 0,
-    kernels: bool = True,
 ) -> dict[str, Any]:
     """Train with an engine; run on every rank, each with its run of the micro-batches.
 
@@ -109,14 +110,9 @@ def train(
         save: the directory where it is saved as well.
         load: the directory from which the run starts.
         more: steps that follow; what they lead to is returned as "onward".
-        kernels: update by the processor's kernels, not by the reference.
     """
-    from powertrain_cpu.accelerator import CpuAccelerator
-
     model = make_tower(99 if load else 7)
     optimizer = make(name, model)
-    if kernels:
-        optimizer.accelerator = CpuAccelerator()  # type: ignore[attr-defined]
     with powertrain.initialize(model, dict(config), loss_fn=nn.CrossEntropyLoss(), optimizer=optimizer) as engine:
         if load:
             engine.load_checkpoint(load)
@@ -205,10 +201,10 @@ def test_every_optimizer_at_every_stage(ranks: Any, world: int, half: int) -> No
 @pytest.mark.parametrize("name", JUMPY)
 def test_rules_that_round_are_exact_where_gradients_are(name: str) -> None:
     """On one rank gradients have the plain loop's bits: with the same kernels, parameters have them as well."""
-    theirs = plain_run(name, clip=float("inf"))["params"]
+    theirs = plain_run(name, clip=float("inf"), accelerator=CpuAccelerator())["params"]
     for stage in (0, 1):
         settings = layout(stage, 1, optimizer={})
-        found = sharded.whole([train(name, settings, kernels=False)["slices"]])
+        found = sharded.whole([train(name, settings)["slices"]])
         assert plain.same_bits({key: found[f"model/{key}"] for key in theirs}, theirs)
 
 

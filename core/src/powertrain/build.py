@@ -38,7 +38,7 @@ from powertrain.registry import Registry
 from powertrain.replicated import ReplicatedOptimizer
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.communicator import Communicator, SingleProcess
-from powertrain.roles.optimizer import OptimizerWrapper
+from powertrain.roles.optimizer import FlatOptimizer, OptimizerWrapper
 from powertrain.sampling import EpochSampler, Loader
 from powertrain.selection import select
 from powertrain.text import some
@@ -161,6 +161,8 @@ def _prepare(model: torch.nn.Module, context: Context, weights: str | os.PathLik
 def _wrap(model: torch.nn.Module, optimizer: OptimizerLike | None, context: Context) -> OptimizerWrapper:
     """Make the optimizer, and what brings gradients to it."""
     inner = make_optimizer(model, optimizer, context)
+    if isinstance(inner, FlatOptimizer) and inner.accelerator is None:
+        inner.accelerator = context.accelerator
     wrapper: OptimizerWrapper | None = context.hooks.one(
         "wrap_optimizer", model=model, optimizer=inner, context=context
     )

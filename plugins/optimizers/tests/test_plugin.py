@@ -17,7 +17,6 @@ from powertrain.errors import ConfigError, OptimizerError
 from powertrain.plugin import NoConfig
 from powertrain.roles.optimizer import FlatOptimizer
 from powertrain.testing.plugin import PluginContract
-from powertrain_cpu.accelerator import CpuAccelerator
 from powertrain_optimizers.base import KernelOptimizer
 from powertrain_optimizers.factory import CLASSES, factory
 from powertrain_optimizers.options import OPTIONS
@@ -35,7 +34,7 @@ class TestPlugin(PluginContract):
 
 
 def kind_of(name: str) -> type[KernelOptimizer]:
-    made = factory(name, attrs.asdict(OPTIONS[name]()), CpuAccelerator())
+    made = factory(name, attrs.asdict(OPTIONS[name]()))
     assert made is not None
     optimizer = made(
         [("layer.weight", nn.Parameter(torch.ones(2, 2)))] if made.named else [nn.Parameter(torch.ones(2))]

@@ -11,6 +11,7 @@ import attrs
 import torch
 
 if TYPE_CHECKING:
+    from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 
 Granularity = Literal["element", "tensor", "matrix"]
@@ -112,6 +113,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
         blocks: keys of state that has one element for so many of the parameter's, in their flat order (a scale
             for each 256 of them): pieces are cut where such a block ends, so they are the same on any number of ranks.
         state_dtype: the format of state that goes with the elements; None for the parameter's own.
+        accelerator: whose kernels it may call (``powertrain.kernels``); an engine says it. None: the PyTorch reference.
         request: what else is asked for in the step under way.
     """
 
@@ -119,6 +121,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     kind: str = ""
     blocks: Mapping[str, int] = {}
     state_dtype: torch.dtype | None = None
+    accelerator: Accelerator | None = None
     request: Request = Request()
 
     @property

@@ -36,11 +36,18 @@ class Adam8bit(Adam):
     def update(self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]) -> None:
         """Update ``params`` one after the other, a slice at a time."""
         only_real(params, type(self).__name__)
-        maps = {device: _Maps(device) for device in {param.device for param in params}}
+        maps = self._maps()
         for step, alike in self.counted(params).items():
             for param in alike:
+                if param.device not in maps:
+                    maps[param.device] = _Maps(param.device)
                 self._update_one(group, param, step, maps[param.device])
         self.publish(params)
+
+    def _maps(self) -> dict[torch.device, _Maps]:
+        """Return the codes by device; a copy of the optimizer, which takes its state only, makes its own."""
+        maps: dict[torch.device, _Maps] = self.__dict__.setdefault("_codes", {})
+        return maps
 
     def _update_one(self, group: dict[str, Any], param: torch.nn.Parameter, step: int, maps: _Maps) -> None:
         beta1, beta2 = group["betas"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,21 +14,12 @@ from powertrain.kernels.updates import Operands
 from powertrain.roles.optimizer import FlatOptimizer
 from powertrain_optimizers.operands import Row, batches
 
-if TYPE_CHECKING:
-    from powertrain.roles.accelerator import Accelerator
-
 ON_DEVICES = (torch.float32, torch.bfloat16, torch.float16)
 """Formats of parameters that devices' kernels take; others are left to the reference."""
 
 
 class KernelOptimizer(FlatOptimizer):
-    """A ``FlatOptimizer`` with torch's state names, that updates by kernels.
-
-    Attributes:
-        accelerator: whose kernels it calls; None for the PyTorch reference.
-    """
-
-    accelerator: Accelerator | None = None
+    """A ``FlatOptimizer`` with torch's state names, that updates by kernels."""
 
     # --- what one parameter has ------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from powertrain.errors import OptimizerError
-from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.optimizer import Granularity
 from powertrain_optimizers.base import KernelOptimizer
 
@@ -38,7 +37,6 @@ class Factory:
     Args:
         kind: the class.
         options: its arguments.
-        accelerator: whose kernels it calls.
 
     Attributes:
         granularity: what its update must see at once.
@@ -47,9 +45,9 @@ class Factory:
 
     named = False
 
-    def __init__(self, kind: type[KernelOptimizer], options: Mapping[str, Any], accelerator: Accelerator) -> None:
+    def __init__(self, kind: type[KernelOptimizer], options: Mapping[str, Any]) -> None:
         self.granularity: Granularity = kind.granularity
-        self._kind, self._options, self._accelerator = kind, dict(options), accelerator
+        self._kind, self._options = kind, dict(options)
 
     def __call__(self, params: Iterable[Any]) -> torch.optim.Optimizer:
         """Return the optimizer of ``params``.
@@ -63,7 +61,6 @@ class Factory:
             raise OptimizerError(
                 f"{self._kind.__name__} refuses its options", where="optimizer", found=str(error)
             ) from error
-        made.accelerator = self._accelerator
         return made
 
 
@@ -72,12 +69,12 @@ class MuonFactory(Factory):
 
     named = True
 
-    def __init__(self, kind: type[KernelOptimizer], options: Mapping[str, Any], accelerator: Accelerator) -> None:
+    def __init__(self, kind: type[KernelOptimizer], options: Mapping[str, Any]) -> None:
         rest = dict(options)
         self._names = rest.pop("adamw_names", ())
         own = {key: rest.pop(f"adamw_{key}", None) for key in ("lr", "weight_decay")}
         self._own = {key: value for key, value in own.items() if value is not None}
-        super().__init__(kind, rest, accelerator)
+        super().__init__(kind, rest)
 
     def __call__(self, params: Iterable[Any]) -> torch.optim.Optimizer:
         """Return the optimizer of ``(name, parameter)`` pairs; pairs without names go by their dimensions alone."""
@@ -87,10 +84,10 @@ class MuonFactory(Factory):
         return super().__call__(groups_of(named, self._names, **self._own))
 
 
-def factory(name: str, options: Mapping[str, Any], accelerator: Accelerator) -> Factory | None:
+def factory(name: str, options: Mapping[str, Any]) -> Factory | None:
     """Return the factory of the optimizer called ``name``, or None if it is not of this package."""
     if name not in CLASSES:
         return None
     module, _, attribute = CLASSES[name].partition(".")
     kind = getattr(import_module(f"powertrain_optimizers.{module}"), attribute)
-    return (MuonFactory if name == "muon" else Factory)(kind, options, accelerator)
+    return (MuonFactory if name == "muon" else Factory)(kind, options)

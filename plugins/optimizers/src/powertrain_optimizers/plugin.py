@@ -9,7 +9,6 @@ from powertrain.plugin import NoConfig, Plugin
 from powertrain_optimizers.options import OPTIONS
 
 if TYPE_CHECKING:
-    from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.optimizer import OptimizerFactory
 
 
@@ -20,8 +19,8 @@ class OptimizersPlugin(Plugin[NoConfig]):
     options = {"optimizer": OPTIONS}
 
     @hookimpl
-    def make_optimizer(self, name: str, options: dict[str, Any], accelerator: Accelerator) -> OptimizerFactory | None:
+    def make_optimizer(self, name: str, options: dict[str, Any]) -> OptimizerFactory | None:
         """Return what makes the optimizer called ``name``; None for names of others."""
         from powertrain_optimizers.factory import factory
 
-        return factory(name, options, accelerator)
+        return factory(name, options)
