@@ -16,10 +16,10 @@ PROBES = {
     "system": ("machine", "system"),
     "disk": ("machine", "disk"),
     "compiler": ("machine", "compiler"),
-    "kernels": ("kernels", "kernels"),
     "network": ("machine", "network"),
     "environment_variables": ("installation", "environment"),
     "plugins": ("installation", "plugins"),
+    "kernels": ("kernels", "kernels"),
     "accelerator": ("devices", "accelerators"),
 }
 """Every probe: the module that holds it, and the area of its checks."""
