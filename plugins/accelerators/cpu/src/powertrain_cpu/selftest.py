@@ -125,7 +125,7 @@ def compare(
     """
     one = _ulp(torch.maximum(scale, _size(truth)), found.dtype)
     theirs = ((reference.double() - truth).abs() / one).nan_to_num(nan=float("inf"))
-    ours = (found.double() - truth).abs() / one
+    ours = ((found.double() - truth).abs() / one).nan_to_num(nan=float("inf"))
     sound = reference.isfinite() & truth.isfinite() & (theirs < OVERFLOWN)
     # Where the reference left the range of fp32, the kernel must have left it the same way.
     if doubtful is not None:

@@ -74,7 +74,7 @@ static void lion(const Lion& a, const Operands& t, const Formats& f, int64_t beg
         for (int64_t i = 0; i < count; ++i) {
             const float g = grad[i] * c.scale;
             const float blend = c.beta1 * m[i] + c.one_minus_beta1 * g;
-            const float sign = blend > 0.0f ? 1.0f : (blend < 0.0f ? -1.0f : blend);  // NaN stays
+            const float sign = float(blend > 0.0f) - float(blend < 0.0f);  // of NaN 0, as torch has it
             p[i] = p[i] * c.shrink - c.lr * sign;
             m[i] = c.beta2 * m[i] + c.one_minus_beta2 * g;
         }
