@@ -71,7 +71,7 @@ def test_nothing_that_a_plugin_does_stops_it(powertrain, farm):
     accelerator(farm, "dies", "os.abort()")
     accelerator(farm, "prints", "print('x' * 100_000); return Probe(False, 'only noise')")
     accelerator(farm, "raises", "raise OSError('driver stub')")
-    found = checked(powertrain("doctor", "--json", "--time-limit", "8", farm=farm))
+    found = checked(powertrain("doctor", "--json", "--time-limit", "20", farm=farm))
     assert {area for area, _ in found} == AREAS
     assert "no answer within" in found["accelerators", "accelerator hangs"]["found"]
     assert "died: Abort" in found["accelerators", "accelerator dies"]["found"]
