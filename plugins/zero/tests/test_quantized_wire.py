@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from powertrain.kernels.blockwise import BLOCK, Blockwise
 from powertrain.roles.communicator import Collective, Communicator, Done, Handle, WrappedCommunicator
 from powertrain.testing.loopback import LoopbackWorld
-from powertrain_zero.quantize import BLOCK, Blockwise
 from powertrain_zero.quantized_reduce import QuantizedReduce
 from powertrain_zero.quantized_wire import QuantizedGather
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import powertrain
-from powertrain_zero.quantize import Blockwise
+from powertrain.kernels.blockwise import Blockwise
 
 WIDTH = 64
 BLOCKS = 5

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from powertrain.kernels.blockwise import Blockwise
 from powertrain.roles.communicator import Communicator, Handle
-from powertrain_zero.quantize import Blockwise
 
 
 class QuantizedReduce:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from powertrain.kernels.blockwise import FLOATS, Blockwise
 from powertrain.roles.communicator import Communicator, Handle
-from powertrain_zero.quantize import FLOATS, Blockwise
 from powertrain_zero.wire import PlainGather
 
 

@@ -12,12 +12,15 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
 from powertrain.context import Context
 from powertrain.errors import CommunicationError, ShardingError
+from powertrain.kernels import kernel
+from powertrain.kernels.blockwise import BLOCK, Blockwise
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.communicator import Handle
 from powertrain.roles.optimizer import FlatOptimizer, OptimizerWrapper, Update, blocks_of, whole_parameters
@@ -29,7 +32,6 @@ from powertrain_zero.generation import serve_generation
 from powertrain_zero.gradients import BufferPool, FlatGradients, add_up_whole
 from powertrain_zero.groups import Groups, hops
 from powertrain_zero.passes import Ballot
-from powertrain_zero.quantize import BLOCK, Blockwise
 from powertrain_zero.quantized_reduce import QuantizedReduce
 from powertrain_zero.quantized_wire import QuantizedGather
 from powertrain_zero.reductions import Reductions
@@ -129,11 +131,16 @@ class ShardedOptimizer(OptimizerWrapper):
         if self.groups.shards == 1:
             return gather, reduce, ALIGN  # nothing travels
         if config.gather is not None:
-            gather = QuantizedGather(communicator, shard, Blockwise(8))
+            gather = QuantizedGather(communicator, shard, self._codec(8))
         if config.reduce is not None:
             nodes = hops(config, self.groups, communicator, self._context.rank.local_size)
-            reduce = QuantizedReduce(communicator, nodes, Blockwise(8 if config.reduce == "int8" else 4))
+            reduce = QuantizedReduce(communicator, nodes, self._codec(8 if config.reduce == "int8" else 4))
         return gather, reduce, ALIGN if config.gather is None and config.reduce is None else BLOCK
+
+    def _codec(self, bits: Literal[8, 4]) -> Blockwise:
+        """Return the codec of the wire, with the device's own kernels where it has them."""
+        own = partial(kernel, self._context.accelerator)
+        return Blockwise(bits, quantize=own("quantize"), dequantize=own("dequantize"))
 
     def _announce(self, plan: UnitPlan, masters: Arena, gradients: Arena) -> None:
         """Tell how much of a unit stays on this rank beside whole buffers."""

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Literal
 import attrs
 import torch
 
+from powertrain.kernels.blockwise import BLOCK
 from powertrain.layout import FlatLayout
 from powertrain_zero.config import ZeroConfig
 from powertrain_zero.flat import ALIGN, flat_layout
 from powertrain_zero.gradients import IN_FLIGHT, add_up_whole
 from powertrain_zero.plan.activations import Activations
 from powertrain_zero.plan.probe import OptimizerFacts
-from powertrain_zero.quantize import BLOCK
 from powertrain_zero.units import UnitPlan, kinds, plan_buckets, plan_units
 
 if TYPE_CHECKING:

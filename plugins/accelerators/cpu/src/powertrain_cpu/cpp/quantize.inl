@@ -1,4 +1,4 @@
-// Blockwise symmetric quantization to 8 or 4 bits; the reference is powertrain.kernels.quantize.Blockwise, bit by bit.
+// Blockwise symmetric quantization to 8 or 4 bits; the reference is powertrain.kernels.blockwise, bit by bit.
 //
 // int4: the first half of a block's elements lies in the low halves of its bytes, the second half in the high ones,
 // each plus 8.

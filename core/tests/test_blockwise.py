@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from powertrain_zero.quantize import BLOCK, Blockwise
+from powertrain import kernels
+from powertrain.kernels.blockwise import BLOCK, Blockwise
 
 CODECS = [Blockwise(8), Blockwise(4), Blockwise(8, 32), Blockwise(4, 64)]
 LARGEST = torch.finfo(torch.float32).max
@@ -120,3 +121,29 @@ def test_adding_up(codec: Blockwise) -> None:
     codec.decode(rows[0], total)
     codec.accumulate(rows[1], total)
     assert torch.equal(total, first + second)
+
+
+def test_the_devices_kernels_are_called() -> None:
+    """A codec with kernels of a device calls these, once a row, with the row's parts; equality asks for the format."""
+    calls: list[tuple[object, ...]] = []
+
+    def quantize(values: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, *, bits: int, block: int) -> None:
+        calls.append(("quantize", values.numel(), data.numel(), scales.numel(), bits, block))
+        kernels.reference("quantize")(values, data, scales, bits=bits, block=block)
+
+    def dequantize(*tensors: torch.Tensor, bits: int, block: int, add: bool = False) -> None:
+        calls.append(("dequantize", *(tensor.numel() for tensor in tensors), bits, block, add))
+        kernels.reference("dequantize")(*tensors, bits=bits, block=block, add=add)
+
+    codec = Blockwise(4, 64, quantize, dequantize)
+    assert codec == Blockwise(4, 64)
+    elements = torch.linspace(-1.0, 1.0, 256).view(2, 128)
+    rows = codec.encode(elements)
+    assert torch.equal(rows, Blockwise(4, 64).encode(elements))
+    codec.decode(rows, torch.empty(2, 128))
+    codec.accumulate(rows[0], torch.empty(128))
+    assert calls == [
+        *[("quantize", 128, 64, 2, 4, 64)] * 2,
+        *[("dequantize", 64, 2, 128, 4, 64, False)] * 2,
+        ("dequantize", 64, 2, 128, 4, 64, True),
+    ]
