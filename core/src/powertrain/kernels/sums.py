@@ -39,14 +39,17 @@ def combine(output: torch.Tensor, terms: Sequence[torch.Tensor], reduction: Redu
         terms: two or more contiguous tensors of one length and type, which stay as they are.
         reduction: how; in types of 16 bits everything is added in float32 and rounded once.
     """
-    how = COMBINE[reduction]
-    wide = output.dtype in NARROW
+    how, mean = COMBINE[reduction], reduction == "mean"
+    # One addition alone is rounded once by torch itself, and comparing rounds nothing.
+    wide = output.dtype in NARROW and how is torch.add and (mean or len(terms) > 2)
+    direct = len(terms) > 1 and not wide and not mean
     flat, rows = output.view(-1), [term.view(-1) for term in terms]
     for start in range(0, flat.numel(), BLOCK):
-        parts = [row[start : start + BLOCK] for row in rows]
+        result, *parts = (tensor[start : start + BLOCK] for tensor in (flat, *rows))
         total = parts[0].float() if wide else parts[0]
-        for part in parts[1:]:
+        for part in parts[1:-1] if direct else parts[1:]:
             total = how(total, part.float() if wide else part)
-        if reduction == "mean":
-            total = total / len(parts)
-        flat[start : start + BLOCK].copy_(total)
+        if direct:  # without a copy at the end; every term of the block has been read by then, or is read now
+            how(total, parts[-1], out=result)
+        else:
+            result.copy_(total / len(parts) if mean else total)

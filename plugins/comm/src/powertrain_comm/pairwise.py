@@ -16,16 +16,14 @@ import torch
 import torch.distributed as dist
 
 from powertrain.errors import CommunicationError
-from powertrain.roles.communicator import Collective, Done, Handle, Reduction
+from powertrain.kernels.sums import combine
+from powertrain.roles.communicator import Collective, Done, Handle
 from powertrain_comm.failures import explain
 from powertrain_comm.operations import Group, given, taken
 from powertrain_comm.pool import BufferPool
 
 TAGS = {"all_gather": 0x7A61, "reduce_scatter": 0x7A62}
 """Message tags of each operation's exchanges; a user's send and receive have tag 0."""
-
-BLOCK = 1 << 16
-"""Elements that are reduced at a time: they stay in the processor's cache between two additions."""
 
 LONG = 1 << 18
 """Bytes from which a message is sent in two parts."""
@@ -39,16 +37,6 @@ such a one, and it is waited for first. What is left unseen until the timeout
 (or until the launcher ends the run) is a peer that dies when it has sent
 everything and is still receiving: gloo never tells a sender.
 """
-
-NARROW = (torch.bfloat16, torch.float16)
-"""Types that are added in float32 and rounded once."""
-
-COMBINE: dict[Reduction, Callable[..., torch.Tensor]] = {
-    "sum": torch.add,
-    "mean": torch.add,
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
 
 
 class Exchange:
@@ -164,7 +152,7 @@ class Pairwise:
 
         def finish() -> None:
             terms = [pieces[me] if index == me else received[index] for index in range(count)]
-            reduce_into(piece, terms, collective.reduction, spare=received[1 if me == 0 else 0])
+            combine(piece, terms, collective.reduction)
             pool.give(buffer)
 
         return Exchange(works, collective, self._rank, finish)
@@ -205,33 +193,3 @@ def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         return (tensor,)
     tail = TAIL // size
     return tensor[:-tail], tensor[-tail:]
-
-
-def reduce_into(
-    output: torch.Tensor, terms: Sequence[torch.Tensor], reduction: Reduction, *, spare: torch.Tensor
-) -> None:
-    """Combine ``terms`` in their order, from the first to the last, into ``output``.
-
-    Args:
-        output: the result; may be one of the terms.
-        terms: two or more flat tensors of one length and type; they stay as they are, but for ``spare``.
-        reduction: how; in types of 16 bits, sums and means are taken in float32 and rounded once.
-        spare: a tensor that may be overwritten: the first of the terms, or the second.
-    """
-    combine, average = COMBINE[reduction], len(terms) if reduction == "mean" else 0
-    # One addition alone is rounded once by torch itself.
-    wide = output.dtype in NARROW and combine is torch.add and (average or len(terms) > 2)
-    for start in range(0, output.numel(), BLOCK):
-        result, free, *parts = (tensor[start : start + BLOCK] for tensor in (output, spare, *terms))
-        if wide:
-            total = parts[0].float()
-            for part in parts[1:]:
-                total.add_(part)
-            result.copy_(total.div_(average) if average else total)
-            continue
-        total = parts[0]
-        for part in parts[1:-1]:
-            total = combine(total, part, out=free)
-        combine(total, parts[-1], out=result)
-        if average:
-            result.div_(average)
