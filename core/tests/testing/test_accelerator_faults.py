@@ -6,9 +6,12 @@ import ctypes
 import os
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
+from powertrain import kernels
+from powertrain.kernels.updates import Operands
 from powertrain.roles.accelerator import Memory
 from powertrain.testing.accelerator import AcceleratorContract
 from powertrain.testing.null import NullHost
@@ -94,6 +97,73 @@ class InventsACapability(Host):
         return frozenset({"teleport"})
 
 
+class OffersTheReferences(Host):
+    """One with every kernel, all of them right."""
+
+    @property
+    def capabilities(self):
+        return frozenset({"kernels"})
+
+    def kernel(self, name):
+        return kernels.reference(name) if name in kernels.NAMES else None
+
+
+class HasOneWrongKernel(OffersTheReferences):
+    """One whose kernel ``wrong`` is off by a thousandth in one place: an element that it writes or returns."""
+
+    wrong = ""
+
+    def kernel(self, name):
+        own = super().kernel(name)
+        return (lambda *arguments, **options: _spoilt(own, arguments, options)) if name == self.wrong else own
+
+
+def _spoilt(own, arguments, options):
+    """Call a kernel and change the last element of what it returned, or of what it should have written."""
+    result = own(*arguments, **options)
+    if isinstance(result, tuple):
+        return (*result[:-1], result[-1] * 1.001)
+    if result is not None:
+        return result * 1.001
+    first = arguments[0]
+    if isinstance(first, Operands):
+        first.params[-1][-1] += 1e-3
+    else:  # combine writes its first argument, quantize its second, dequantize its third
+        place = next(t for t in (*arguments[2:3], *arguments[1:2], first) if isinstance(t, torch.Tensor))
+        place.view(-1)[-1] += 1e-3
+    return result
+
+
+class IgnoresTheScale(OffersTheReferences):
+    def kernel(self, name):
+        own = super().kernel(name)
+        return (lambda operands, *, scale, **numbers: own(operands, **numbers)) if name == "adam" else own
+
+
+class ForgetsTheCopies(OffersTheReferences):
+    def kernel(self, name):
+        own = super().kernel(name)
+        return (lambda operands, **numbers: own(attrs.evolve(operands, outs=()), **numbers)) if name == "lion" else own
+
+
+class WritesIntoGradients(OffersTheReferences):
+    def kernel(self, name):
+        own = super().kernel(name)
+
+        def momentum(operands, *, scale, **numbers):
+            for grad in operands.grads:
+                grad.mul_(scale)
+            own(operands, **numbers)
+
+        return momentum if name == "momentum" else own
+
+
+class HidesItsKernels(OffersTheReferences):
+    @property
+    def capabilities(self):
+        return frozenset()
+
+
 class MisnamesItsDevice(Host):
     device_type = "cuda"
 
@@ -114,6 +184,10 @@ FAULTS = {
     PromisesATypeItCannotTrain: "test_trains_in_every_type",
     InventsACapability: "test_capabilities_are_known",
     MisnamesItsDevice: "test_names_itself",
+    IgnoresTheScale: "test_kernels_agree_with_their_references",
+    ForgetsTheCopies: "test_kernels_agree_with_their_references",
+    WritesIntoGradients: "test_kernels_agree_with_their_references",
+    HidesItsKernels: "test_kernels_agree_with_their_references",
 }
 """Each fault, and the test that is there to catch it."""
 
@@ -137,3 +211,16 @@ def test_the_healthy_one_passes(contract):
 def test_the_fault_is_caught(contract, fault, test):
     """An accelerator with one fault fails the test that is there for it."""
     assert contract.failures(suite(fault), test), f"{test} passed"
+
+
+@pytest.mark.parametrize("name", sorted(kernels.NAMES))
+def test_each_kernel_that_is_off_is_caught(contract, name):
+    """With one wrong kernel among right ones, the case of that kernel fails, and no other."""
+    fault = type("Fault", (HasOneWrongKernel,), {"wrong": name})
+    ((_, error),) = contract.failures(suite(fault), "test_kernels_agree_with_their_references")
+    assert str(error).startswith(f"{name}: tensor ")
+
+
+def test_right_kernels_pass(contract):
+    """An accelerator whose kernels are the references fails no test."""
+    assert contract.failures(suite(OffersTheReferences), "test_kernels_agree_with_their_references") == []

@@ -17,8 +17,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from powertrain import kernels
 from powertrain.errors import AcceleratorError
 from powertrain.roles.accelerator import Accelerator
+from powertrain.testing import kernel_cases
 from powertrain.testing.capability import needs
 
 CAPABILITIES = frozenset({"streams", "pinned", "graphs", "kernels"})
@@ -245,6 +247,19 @@ class AcceleratorContract:
     def test_unknown_kernels_are_declined(self) -> None:
         """A kernel that it does not have is None, which asks for the reference."""
         assert self.make().kernel("no such kernel") is None
+
+    @pytest.mark.parametrize("name", tuple(kernels.NAMES))
+    def test_kernels_agree_with_their_references(self, name: str) -> None:
+        """Each kernel that it offers gives what the reference gives, and writes nowhere else."""
+        accelerator, device = self.ready()
+        own = accelerator.kernel(name)
+        if own is None:
+            pytest.skip(f"it leaves {name} to the reference")
+        assert "kernels" in accelerator.capabilities, f"it offers {name}, and its capabilities say nothing of kernels"
+        found = kernel_cases.run(name, own, device)
+        expected = kernel_cases.run(name, kernels.reference(name), torch.device("cpu"))
+        wrong = kernel_cases.difference(name, found, expected)
+        assert wrong is None, wrong
 
     def test_undeclared_parts_are_not_there(self) -> None:
         """A part that ``capabilities`` does not name gives what the role's defaults give."""
