@@ -1,6 +1,6 @@
 """Adam on the processor beside torch's fused AdamW, DeepSpeedCPUAdam and what memory allows.
 
-    python benchmarks/cpu_kernels.py [--parameters 120000000] [--rounds 9] [--threads 1 2] [--no-deepspeed] [--json PATH]
+    python benchmarks/cpu_kernels.py [--parameters N] [--rounds 9] [--threads 1 2] [--no-deepspeed] [--json PATH]
 
 All is fp32: a parameter costs 28 bytes, 16 read (value, gradient, two moments)
 and 12 written. The floor moves as many, in the same proportion and in place,
@@ -8,8 +8,9 @@ with three plain torch passes on as many threads: value += gradient, and a
 number added to each moment (12 + 8 + 8 bytes). It computes nothing, and none of our own code is in it.
 It reads two arrays at a time where Adam reads four, so a kernel may come out a little above it or below.
 
-Ours, torch and the floor share one process and the same memory; DeepSpeed has its own environment and process. They take
-turns, and a figure is the median of the rounds. `clip` multiplies the gradients by a number first, `cast` writes the new
+Ours, torch and the floor share one process and the same memory; DeepSpeed has its
+own environment and process. They take turns, and a figure is the median of the
+rounds. `clip` multiplies the gradients by a number first, `cast` writes the new
 values in bf16 too: ours in the same pass, torch's with a pass of its own.
 """
 

@@ -13,6 +13,10 @@ import torch
 warnings.simplefilter("ignore")
 Action = Callable[[], Any]
 CLIP = 0.999
+PAUSE = 0.02
+"""Seconds before each update: OpenMP's threads, which torch computes with, go on spinning for a while after their work,
+and would take a core from whatever comes next."""
+
 RATES: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
@@ -80,6 +84,7 @@ def main(kind: str, parameters: int) -> None:
     for line in sys.stdin:
         what, threads = line.split()
         torch.set_num_threads(int(threads))
+        time.sleep(PAUSE)
         started = time.perf_counter()
         actions[what]()
         answer(str(time.perf_counter() - started))
