@@ -179,7 +179,7 @@ def main() -> int:
     bandwidth = copied / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(30)) / 1e9
     name = torch.cuda.get_device_properties(device).name
     lines = []
-    for family in (updates, flat, layers):
+    for family in (flat, layers, updates):
         for case in family(arguments.elements, device):
             kernel = offer.get(case.name)
             if case.name not in arguments.only or kernel is None:

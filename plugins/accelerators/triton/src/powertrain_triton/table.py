@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import attrs
@@ -67,31 +68,44 @@ class Table:
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[torch.Tensor]]) -> Table:
-        """Return the table of lists whose entries correspond; the first has an entry for every tensor."""
-        sizes = [tensor.numel() for tensor in lists[0]]
+        """Return the table of lists whose entries correspond; the first has an entry for every tensor.
+
+        A table of the same places is not built again: training updates the same memory step after step, and on
+        the host a table costs as much time as a device needs for a hundred million elements.
+        """
+        sizes = tuple(tensor.numel() for tensor in lists[0])
         device = lists[0][0].device
-        for tensors in lists:
-            _check(tensors, sizes if tensors else [], device)
-        counts = torch.tensor(sizes)
-        blocks = _blocks_of_a_row(sum(sizes))
-        piece = blocks * BLOCK
-        pieces = (counts + (piece - 1)) // piece
-        ends = torch.zeros(len(sizes) + 1, dtype=torch.int64)
-        torch.cumsum(pieces, 0, out=ends[1:])
-        index = torch.repeat_interleave(torch.arange(len(sizes)), pieces)
-        begin = (torch.arange(len(index)) - ends[index]) * piece
-        host = torch.zeros(len(index) * WIDTH.value + len(ends), dtype=torch.int64, pin_memory=device.type == "cuda")
-        rows = host[: len(index) * WIDTH.value].view(-1, WIDTH.value)
-        torch.minimum(counts[index] - begin, torch.tensor(piece), out=rows[:, 0])
-        rows[:, 2] = index
-        for column, tensors in enumerate(lists, PARAM.value):
-            if tensors:
-                addresses = torch.tensor([tensor.data_ptr() for tensor in tensors])
-                torch.add(addresses[index], begin, alpha=tensors[0].element_size(), out=rows[:, column])
-        rows[:, 1] = (rows[:, PARAM.value :] & 15).eq(0).all(1)
-        host[len(index) * WIDTH.value :] = ends
-        there = host.to(device, non_blocking=True)
-        return cls(there, there[len(index) * WIDTH.value :], blocks, len(index) * blocks, len(sizes), device)
+        columns = tuple(_column(tensors, sizes, device) for tensors in lists)
+        stream = torch.get_device_module(device).current_stream(device) if device.type != "cpu" else None
+        return _built(sizes, columns, device, stream)
+
+
+Column = tuple[int, tuple[int, ...]]
+"""One list: an element's bytes, and where each tensor begins."""
+
+
+@lru_cache(maxsize=256)
+def _built(sizes: tuple[int, ...], columns: tuple[Column, ...], device: torch.device, stream: object) -> Table:
+    # ``stream`` is in the key alone: what is copied on one stream may not have arrived for another.
+    counts = torch.tensor(sizes)
+    blocks = _blocks_of_a_row(sum(sizes))
+    piece = blocks * BLOCK
+    pieces = (counts + (piece - 1)) // piece
+    ends = torch.zeros(len(sizes) + 1, dtype=torch.int64)
+    torch.cumsum(pieces, 0, out=ends[1:])
+    index = torch.repeat_interleave(torch.arange(len(sizes)), pieces)
+    begin = (torch.arange(len(index)) - ends[index]) * piece
+    host = torch.zeros(len(index) * WIDTH.value + len(ends), dtype=torch.int64, pin_memory=device.type == "cuda")
+    rows = host[: len(index) * WIDTH.value].view(-1, WIDTH.value)
+    torch.minimum(counts[index] - begin, torch.tensor(piece), out=rows[:, 0])
+    rows[:, 2] = index
+    for column, (width, addresses) in enumerate(columns, PARAM.value):
+        if addresses:
+            torch.add(torch.tensor(addresses)[index], begin, alpha=width, out=rows[:, column])
+    rows[:, 1] = (rows[:, PARAM.value :] & 15).eq(0).all(1)
+    host[len(index) * WIDTH.value :] = ends
+    there = host.to(device, non_blocking=True)
+    return Table(there, there[len(index) * WIDTH.value :], blocks, len(index) * blocks, len(sizes), device)
 
 
 def _blocks_of_a_row(elements: int) -> int:
@@ -101,15 +115,19 @@ def _blocks_of_a_row(elements: int) -> int:
     return blocks
 
 
-def _check(tensors: Sequence[torch.Tensor], sizes: Sequence[int], device: torch.device) -> None:
-    found = [tensor.numel() for tensor in tensors]
-    if found != list(sizes):
-        raise ValueError(f"lists of one update differ in their tensors' numbers of elements: {found} and {list(sizes)}")
+def _column(tensors: Sequence[torch.Tensor], sizes: tuple[int, ...], device: torch.device) -> Column:
+    if not tensors:
+        return 0, ()
+    found = tuple(tensor.numel() for tensor in tensors)
+    if found != sizes:
+        raise ValueError(f"lists of one update differ in their tensors' numbers of elements: {found} and {sizes}")
+    dtype = tensors[0].dtype
     for tensor in tensors:
         if tensor.device != device or not tensor.is_contiguous():
             raise ValueError(f"a kernel takes contiguous tensors of one device: {tensor.device} beside {device}")
-        if tensor.dtype != tensors[0].dtype:
-            raise ValueError(f"tensors of one list have one type: {tensor.dtype} beside {tensors[0].dtype}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"tensors of one list have one type: {tensor.dtype} beside {dtype}")
+    return dtype.itemsize, tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def format_of(tensors: Sequence[torch.Tensor]) -> Any:
