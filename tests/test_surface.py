@@ -29,7 +29,7 @@ HOOKS_OF_API_1 = {
     "make_runner": ["engine"],
     "make_checkpoint_store": ["uri", "context"],
     "make_sampler": ["dataset", "context"],
-    "wrap_communicator": ["communicator", "timeout"],
+    "wrap_communicator": ["communicator", "accelerator", "timeout"],
     "transform_model": ["model", "context"],
     "on_engine_ready": ["engine"],
     "on_step_start": ["engine"],

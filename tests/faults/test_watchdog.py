@@ -42,7 +42,7 @@ rank = Rank.from_environment()
 mesh = Mesh.build(rank.world_size, rank.index)
 plugin = CommPlugin(CommConfig(cross_check="--cross-check" in sys.argv))
 comm = plugin.make_communicator(None, Host(), mesh, rank, {timeout})
-comm = plugin.wrap_communicator(comm, {timeout})
+comm = plugin.wrap_communicator(comm, Host(), {timeout})
 me = rank.index
 
 def reduce(label, size=4):

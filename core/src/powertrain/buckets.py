@@ -165,11 +165,12 @@ class GradientBuckets:
                 if not slot.filled:
                     slot.view.zero_()
             bucket.flags.copy_(torch.tensor(used))
-        bucket.handles.append(self._reduce(bucket.buffer, bucket.label))
+        bucket.handles.append(self._reduce(bucket, bucket.buffer, bucket.label))
         bucket.sent = True
 
-    def _reduce(self, buffer: torch.Tensor, label: str) -> Handle:
-        return self._communicator.all_reduce(buffer, reduction="mean", label=label)
+    def _reduce(self, bucket: _Bucket, buffer: torch.Tensor, label: str) -> Handle:
+        gradients = buffer.numel() - len(bucket.slots)  # the flags behind them must arrive exactly
+        return self._communicator.all_reduce(buffer, reduction="mean", label=label, lossy=gradients)
 
     def flush(self) -> None:
         """Send the buckets that backward did not complete, and gradients that came after theirs."""
@@ -184,7 +185,7 @@ class GradientBuckets:
             for bucket in self._buckets:
                 if bucket.late is None:
                     bucket.late = torch.zeros_like(bucket.buffer)
-                bucket.handles.append(self._reduce(bucket.late, f"late {bucket.label}"))
+                bucket.handles.append(self._reduce(bucket, bucket.late, f"late {bucket.label}"))
 
     def _any_rank_is_late(self) -> bool:
         """Return whether a rank had a second backward pass; which bucket it met differs between ranks."""

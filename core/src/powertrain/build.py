@@ -270,7 +270,9 @@ def connect(
         )
     communicator = cast("Communicator", found)
     for plugin in hooks.wrappers():
-        wrapped = hooks.call(plugin, "wrap_communicator", communicator=communicator, timeout=timeout)
+        wrapped = hooks.call(
+            plugin, "wrap_communicator", communicator=communicator, accelerator=accelerator, timeout=timeout
+        )
         communicator = communicator if wrapped is None else wrapped
     return communicator
 

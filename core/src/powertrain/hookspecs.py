@@ -98,7 +98,7 @@ def make_sampler(dataset: Any, context: Context) -> Sampler | None:
 
 
 @hookspec
-def wrap_communicator(communicator: Communicator, timeout: float) -> Communicator | None:
+def wrap_communicator(communicator: Communicator, accelerator: Accelerator, timeout: float) -> Communicator | None:
     """Return a communicator around ``communicator`` (tracing, checking, compression)."""
 
 

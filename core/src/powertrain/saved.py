@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from powertrain.engine import Engine
 
 
+_OWN = "communicator/"
+"""How the names of a rank's part of the communicator's state begin; the rank's number follows."""
+
+
 @attrs.frozen(kw_only=True)
 class LoadReport:
     """What ``load_checkpoint`` did.
@@ -120,6 +124,8 @@ def snapshot(engine: Engine, client_state: dict[str, Any] | None) -> Snapshot:
         tensors.append(TensorSlice(f"model/{name}", tuple(buffer.shape), buffer.detach().reshape(-1)))
     for kind, value in random_state.state_tensors(context).items():
         tensors.append(TensorSlice(f"rng/{context.rank.index}/{kind}", tuple(value.shape), value.reshape(-1)))
+    for name, value in context.communicator.state().items():
+        tensors.append(TensorSlice(f"{_OWN}{context.rank.index}/{name}", tuple(value.shape), value.reshape(-1)))
     values = {
         "step": engine.global_step,
         "world_size": context.mesh.world_size,
@@ -165,7 +171,9 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
         # Copies first: the wrapper's own read is the last thing that may fail.
         buffers = [(f"model/{name}", buffer, torch.empty_like(buffer)) for name, buffer in _buffers(module)]
         generators = _generators(context, reader)
-        fill(reader, [(name, copy) for name, _, copy in buffers] + list(generators.items()))
+        connected = _connections(context, reader)
+        live = [(name, copy) for copies in connected.values() for name, copy in copies]
+        fill(reader, [(name, copy) for name, _, copy in buffers] + list(generators.items()) + live)
         loaded = engine.optimizer_wrapper.load(reader)
     except BaseException:
         if sampler is not None:
@@ -183,6 +191,8 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
             if "lr" in saved and not context.config.is_stated("optimizer.lr"):
                 group["lr"] = saved["lr"]
     _restore_random(context, reader, generators, engine.global_step)
+    state = {name: torch.stack([copy for _, copy in copies]).mean(0) for name, copies in connected.items()}
+    context.communicator.load_state(state)
     engine.client_state = dict(values["client"])
     trainable = [name for name, param in named_parameters(module) if param.requires_grad]
     with_state = {name.split("/", 1)[1].rpartition("/")[0] for name in loaded if name.startswith("optimizer/")}
@@ -252,6 +262,25 @@ def _generators(context: Context, reader: CheckpointReader) -> dict[str, torch.T
         for name, info in reader.tensors.items()
         if name.startswith(f"rng/{context.rank.index}/")
     }
+
+
+def _connections(context: Context, reader: CheckpointReader) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """Return an empty tensor for each part of the communicator's state that this rank goes on from, by name.
+
+    Its own part; where the ranks were of another number, every rank's, if they are of one shape: what each then
+    goes on from is their mean, so that the mean over the ranks is what it was.
+    """
+    saved = int(reader.values["world_size"])
+    own = range(saved) if saved != context.mesh.world_size else [context.rank.index]
+    found: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for full, info in reader.tensors.items():
+        if not full.startswith(_OWN):
+            continue
+        rank, _, name = full.removeprefix(_OWN).partition("/")
+        if int(rank) in own:
+            found.setdefault(name, []).append((full, torch.empty(info.shape, dtype=info.dtype)))
+    alike = {name for name, copies in found.items() if len({copy.shape for _, copy in copies}) == 1}
+    return {name: copies for name, copies in found.items() if name in alike and len(copies) == len(own)}
 
 
 def _restore_random(context: Context, reader: CheckpointReader, generators: dict[str, torch.Tensor], step: int) -> None:

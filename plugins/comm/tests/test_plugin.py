@@ -12,6 +12,7 @@ from powertrain.environment import Rank
 from powertrain.errors import CollectiveDiverged, CommunicatorMissing, LaunchError, ShardingError
 from powertrain.mesh import Mesh
 from powertrain.roles.communicator import SingleProcess
+from powertrain.testing.null import NullHost
 from powertrain_comm.config import CommConfig
 from powertrain_comm.plugin import CommPlugin
 
@@ -70,16 +71,16 @@ def test_cross_check_needs_the_watchdog():
 def test_a_single_process_is_not_watched():
     """A world of one has nobody to wait for."""
     alone = SingleProcess(Mesh.build(1, 0), torch.device("cpu"))
-    assert CommPlugin(CommConfig()).wrap_communicator(alone, 1.0) is None
+    assert CommPlugin(CommConfig()).wrap_communicator(alone, NullHost(), 1.0) is None
 
 
 def chosen_and_wrapped():
     plugin, comm = make(None, Host("nosuch", "gloo"))
-    watched = plugin.wrap_communicator(comm, 20.0)
+    watched = plugin.wrap_communicator(comm, Host("gloo"), 20.0)
     facts = watched.describe()
     watched.close()
     plugin, comm = make("gloo", Host("gloo"), watchdog=False)
-    bare = plugin.wrap_communicator(comm, 20.0)
+    bare = plugin.wrap_communicator(comm, Host("gloo"), 20.0)
     comm.close()
     return facts, bare
 
@@ -95,9 +96,9 @@ def test_the_first_available_transport_is_chosen_and_watched(ranks):
 def two_engines(cross_check):
     plugin, first = make(None, Host("gloo"), cross_check=cross_check)
     hook = sys.excepthook
-    first = plugin.wrap_communicator(first, 20.0)
+    first = plugin.wrap_communicator(first, Host("gloo"), 20.0)
     _, second = make(None, Host("gloo"))
-    second = plugin.wrap_communicator(second, 20.0)
+    second = plugin.wrap_communicator(second, Host("gloo"), 20.0)
     a, b = torch.ones(3), torch.ones(3)
     for handle in first.all_reduce(a, label="a"), second.all_reduce(b, label="b"):
         handle.wait()
@@ -116,7 +117,7 @@ def test_two_watched_communicators_work_side_by_side(ranks, cross_check):
 
 def cut(cross_check):
     plugin, comm = make(None, Host("gloo"), cross_check=cross_check)
-    comm = plugin.wrap_communicator(comm, 20.0)
+    comm = plugin.wrap_communicator(comm, Host("gloo"), 20.0)
     with pytest.raises(ShardingError, match="not connected"):
         comm.barrier("data.within2")
     with pytest.raises(LaunchError, match="no mesh dimension is called 'model'"):
@@ -143,7 +144,7 @@ def test_a_watched_dimension_can_be_cut(ranks, cross_check):
 
 def cut_differently():
     plugin, comm = make(None, Host("gloo"))
-    comm = plugin.wrap_communicator(comm, 20.0)
+    comm = plugin.wrap_communicator(comm, Host("gloo"), 20.0)
     with pytest.raises(CollectiveDiverged, match="cut the mesh differently") as caught:
         comm.split("data", 1 + comm.rank)
     comm.close()

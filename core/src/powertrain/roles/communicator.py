@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import attrs
@@ -39,6 +39,8 @@ class Collective:
         input_splits: elements along dimension 0 for each peer (all_to_all; None: equal).
         output_splits: elements along dimension 0 from each peer.
         label: what it is for, for people: a parameter's or bucket's name.
+        lossy: how many elements may arrive approximately, as gradients may: the first ones of an all_reduce's
+            tensor, or of each index's piece of a reduce_scatter's. Only a wrapper that compresses looks at it.
     """
 
     operation: Operation
@@ -50,6 +52,7 @@ class Collective:
     input_splits: tuple[int, ...] | None = None
     output_splits: tuple[int, ...] | None = None
     label: str = ""
+    lossy: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -182,6 +185,13 @@ class Communicator(ABC):
         """Return what this rank has sent so far; empty where nobody counts."""
         return []
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what this rank must keep to go on as if nothing had happened (errors of compression), by name."""
+        return {}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue from ``state``; of another number of ranks it is the mean of theirs. What is unknown is let go."""
+
     def describe(self) -> dict[str, str]:
         """Return facts for people: library, version, interfaces."""
         return {}
@@ -207,9 +217,15 @@ class Communicator(ABC):
         return self.mesh.index(dimension)
 
     def all_reduce(
-        self, tensor: torch.Tensor, dimension: str = "data", *, reduction: Reduction = "sum", label: str = ""
+        self,
+        tensor: torch.Tensor,
+        dimension: str = "data",
+        *,
+        reduction: Reduction = "sum",
+        label: str = "",
+        lossy: int = 0,
     ) -> Handle:
-        """Replace ``tensor`` on every rank by the reduction over all ranks."""
+        """Replace ``tensor`` on every rank by the reduction over all ranks; the first ``lossy`` elements, about."""
         return self.issue(
             Collective(
                 operation="all_reduce",
@@ -218,6 +234,7 @@ class Communicator(ABC):
                 output=tensor,
                 reduction=reduction,
                 label=label,
+                lossy=lossy,
             )
         )
 
@@ -240,10 +257,12 @@ class Communicator(ABC):
         *,
         reduction: Reduction = "sum",
         label: str = "",
+        lossy: int = 0,
     ) -> Handle:
         """Fill ``output`` (numel) with this index's piece of the reduced ``input`` (size x numel).
 
-        ``output`` may be this index's own piece of ``input``; the rest of ``input`` stays as it is.
+        ``output`` may be this index's own piece of ``input``; the rest of ``input`` stays as it is. Of every piece
+        the first ``lossy`` elements may come out about right.
         """
         return self.issue(
             Collective(
@@ -253,6 +272,7 @@ class Communicator(ABC):
                 output=output,
                 reduction=reduction,
                 label=label,
+                lossy=lossy,
             )
         )
 
@@ -350,6 +370,14 @@ class WrappedCommunicator(Communicator):
     def traffic(self) -> list[Traffic]:
         """Return what the wrapped communicator counted."""
         return self.inner.traffic()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the wrapped communicator's state."""
+        return self.inner.state()
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Let the wrapped communicator continue."""
+        self.inner.load_state(state)
 
     def describe(self) -> dict[str, str]:
         """Return the wrapped communicator's facts."""

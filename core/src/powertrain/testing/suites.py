@@ -65,7 +65,9 @@ def connect(name: str, sizes: Mapping[str, int] | None) -> Communicator:
 
 def wrapped(hooks: Registry, name: str, communicator: Communicator) -> Communicator:
     """Return ``communicator`` with what the plugin puts around it."""
-    result: Communicator | None = hooks.call(name, "wrap_communicator", communicator=communicator, timeout=TIMEOUT)
+    result: Communicator | None = hooks.call(
+        name, "wrap_communicator", communicator=communicator, accelerator=NullHost(), timeout=TIMEOUT
+    )
     return communicator if result is None else result
 
 

@@ -9,11 +9,13 @@ from powertrain.plugin import Plugin
 from powertrain_comm.config import CommConfig
 
 if TYPE_CHECKING:
+    from powertrain.engine import Engine
     from powertrain.environment import Rank
     from powertrain.mesh import Mesh
     from powertrain.native import KernelSet
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.communicator import Communicator
+    from powertrain_comm.compress.communicator import CompressedCommunicator
 
 SHARED = "shm"
 """What ``[communicator] use`` calls memory that the ranks of a host share."""
@@ -28,6 +30,10 @@ class CommPlugin(Plugin[CommConfig]):
     name = "comm"
     api = 1
     support = "first-party"
+
+    def __init__(self, config: CommConfig) -> None:
+        super().__init__(config)
+        self._compressed: CompressedCommunicator | None = None
 
     @classmethod
     def kernel_sets(cls) -> tuple[KernelSet, ...]:
@@ -57,10 +63,35 @@ class CommPlugin(Plugin[CommConfig]):
         return connected
 
     @hookimpl
-    def wrap_communicator(self, communicator: Communicator, timeout: float) -> Communicator | None:
-        """Put the watchdog, with the cross-check on request, around ``communicator``."""
-        if not self.config.watchdog or communicator.world_size == 1:
+    def wrap_communicator(
+        self, communicator: Communicator, accelerator: Accelerator, timeout: float
+    ) -> Communicator | None:
+        """Put the watchdog, with the cross-check on request, around ``communicator``; compression around both."""
+        if communicator.world_size == 1:
             return None
-        from powertrain_comm.watchdog.watched import WatchedCommunicator
+        result = communicator
+        if self.config.watchdog:
+            from powertrain_comm.watchdog.watched import WatchedCommunicator
 
-        return WatchedCommunicator(communicator, timeout, cross_check=self.config.cross_check)
+            result = WatchedCommunicator(result, timeout, cross_check=self.config.cross_check)
+        if self.config.compress.method != "none":
+            from powertrain_comm.compress.communicator import CompressedCommunicator
+
+            result = self._compressed = CompressedCommunicator(result, self.config.compress, accelerator)
+        return None if result is communicator else result
+
+    @hookimpl
+    def on_engine_ready(self, engine: Engine) -> None:
+        """Refuse to follow an optimizer that asks for nothing."""
+        if self.config.compress.method == "optimizer":
+            from powertrain_comm.compress.choice import check
+
+            check(engine.optimizer_wrapper.optimizer)
+
+    @hookimpl
+    def on_step_start(self, engine: Engine) -> None:
+        """Let gradients of this step travel as the configuration or the optimizer says."""
+        if self._compressed is not None:
+            from powertrain_comm.compress.choice import method_of
+
+            self._compressed.use(method_of(self.config.compress, engine))

@@ -1,0 +1,74 @@
+"""The memory of what compression rounded away: it is added to what is sent next under the same name.
+
+Error feedback ("Error Feedback Fixes SignSGD", Karimireddy et al., arXiv
+1901.09847): nothing of a gradient is lost, it only arrives later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from powertrain_comm.compress.codecs import Codec
+
+_log = logging.getLogger("powertrain.comm")
+
+
+WHOLE = "whole/"
+"""How names begin whose elements lie in one order on any number of ranks."""
+
+
+class Feedback:
+    """Errors by name, in fp32.
+
+    Args:
+        on: whether errors are kept at all; otherwise they are lost, and cost no memory.
+    """
+
+    def __init__(self, on: bool) -> None:
+        self._on = on
+        self._errors: dict[str, torch.Tensor] = {}
+        self._saved: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, name: str, elements: torch.Tensor, codec: Codec) -> torch.Tensor:
+        """Return ``elements`` (rows, numel) in fp32, with what is owed, as bytes; they are overwritten."""
+        if not self._on:
+            return codec.encode(elements)
+        owed = self._owed(name, elements)
+        if owed is not None:
+            elements.add_(owed)
+        else:
+            owed = self._errors[name] = torch.empty_like(elements)
+        rows = codec.encode(elements)
+        codec.decode(rows, owed)
+        # What was no number has arrived as none; owing it would spoil every step that follows.
+        torch.sub(elements, owed, out=owed).nan_to_num_(0.0, 0.0, 0.0)
+        return rows
+
+    def _owed(self, name: str, like: torch.Tensor) -> torch.Tensor | None:
+        owed = self._errors.get(name)
+        if owed is None and (saved := self._saved.pop(name, None)) is not None:
+            if saved.shape == like.shape:
+                owed = self._errors[name] = saved.to(like.device, torch.float32)
+            elif name.startswith(WHOLE):
+                owed = self._errors[name] = torch.zeros_like(like)
+                both = min(saved.numel(), like.numel())  # they differ in the padding at the end
+                owed.view(-1)[:both].copy_(saved.view(-1)[:both])
+            else:
+                _log.info("what compression still owed to %s does not fit this run's layout and is let go", name)
+        if owed is not None and owed.shape != like.shape:
+            del self._errors[name]
+            return None
+        return owed
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return every error, what was loaded and not yet asked for included."""
+        return {**self._saved, **self._errors}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Owe what ``state`` says, and nothing else."""
+        self._errors.clear()
+        self._saved = dict(state)
