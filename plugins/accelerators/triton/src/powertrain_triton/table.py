@@ -77,7 +77,7 @@ class Table:
         device = lists[0][0].device
         columns = tuple(_column(tensors, sizes, device) for tensors in lists)
         stream = torch.get_device_module(device).current_stream(device) if device.type != "cpu" else None
-        return _built(sizes, columns, device, stream)
+        return _built(sizes, columns, _blocks_of_a_row(sum(sizes)), device, stream)
 
 
 Column = tuple[int, tuple[int, ...]]
@@ -85,10 +85,11 @@ Column = tuple[int, tuple[int, ...]]
 
 
 @lru_cache(maxsize=256)
-def _built(sizes: tuple[int, ...], columns: tuple[Column, ...], device: torch.device, stream: object) -> Table:
+def _built(
+    sizes: tuple[int, ...], columns: tuple[Column, ...], blocks: int, device: torch.device, stream: object
+) -> Table:
     # ``stream`` is in the key alone: what is copied on one stream may not have arrived for another.
     counts = torch.tensor(sizes)
-    blocks = _blocks_of_a_row(sum(sizes))
     piece = blocks * BLOCK
     pieces = (counts + (piece - 1)) // piece
     ends = torch.zeros(len(sizes) + 1, dtype=torch.int64)
