@@ -5,13 +5,13 @@
 All is fp32: a parameter costs 28 bytes, 16 read (value, gradient, two moments)
 and 12 written. The floor moves as many, in the same proportion and in place,
 with three plain torch passes on as many threads: value += gradient, and a
-number added to each moment (12 + 8 + 8 bytes). It computes nothing, and none of our own code is in it.
-It reads two arrays at a time where Adam reads four, so a kernel may come out a little above it or below.
+number added to each moment (12 + 8 + 8 bytes). It computes nothing, and none of our own code is in
+it. It reads two arrays at a time where Adam reads four, so a kernel may come out a little above it or below.
 
 Ours, torch and the floor share one process and the same memory; DeepSpeed has its
 own environment and process. They take turns, and a figure is the median of the
-rounds. `clip` multiplies the gradients by a number first, `cast` writes the new
-values in bf16 too: ours in the same pass, torch's with a pass of its own.
+rounds. `fused` also multiplies the gradients by a number first, as clipping does, and
+writes the new values in bf16 too, all in one pass; the peers do each in a pass of its own.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ WORKER = Path(__file__).parent / "cpu_kernels_worker.py"
 BYTES = 28
 """That an update moves for each parameter."""
 
-HERE = ("floor", "ours", "torch", "ours:clip", "torch:clip", "ours:cast", "torch:cast")
+HERE = ("floor", "ours", "torch", "ours:fused", "torch:passes")
+THERE = ("deepspeed", "deepspeed:passes")
 BARS = (
     ("ours", "floor", 0.85),
     ("ours", "torch", 1.0),
     ("ours", "deepspeed", 1.0),
-    ("ours:clip", "torch:clip", 1.3),
-    ("ours:cast", "torch:cast", 1.3),
+    ("ours:fused", "torch:passes", 1.3),
+    ("ours:fused", "deepspeed:passes", 1.3),
 )
 """What is held against what, and how many times as fast it must be."""
 
@@ -89,7 +90,7 @@ def measure(parameters: int, rounds: int, threads: list[int], deepspeed: bool) -
     try:
         workers.append((Worker(sys.executable, "ours", parameters), HERE))
         if deepspeed:
-            workers.append((Worker(str(PEER), "deepspeed", parameters), ("deepspeed",)))
+            workers.append((Worker(str(PEER), "deepspeed", parameters), THERE))
         for number in range(rounds + 1):
             for count in threads:
                 for worker, plan in workers:
@@ -119,7 +120,7 @@ def main() -> int:
     for count, found in medians.items():
         for what, seconds in found.items():
             speed = options.parameters * BYTES / seconds / 1e9
-            print(f"{count} threads  {what:<12}{seconds * 1e3:>9.2f} ms{speed:>8.2f} GB/s")
+            print(f"{count} threads  {what:<17}{seconds * 1e3:>9.2f} ms{speed:>8.2f} GB/s")
     bars = []
     for count, found in medians.items():
         for ours, other, least in BARS:
@@ -127,7 +128,7 @@ def main() -> int:
                 ratio = found[other] / found[ours]
                 bars.append({"threads": count, "what": f"{ours} / {other}", "ratio": round(ratio, 3), "bar": least})
                 verdict = "holds" if ratio >= least else "MISSED"
-                print(f"{count} threads  {ours} / {other:<12}{ratio:>6.2f} of {least:.2f}  {verdict}")
+                print(f"{count} threads  {ours} / {other:<17}{ratio:>6.2f} of {least:.2f}  {verdict}")
     machine = {"date": date.today().isoformat(), "cores": os.cpu_count(), "machine": platform.machine()}
     machine |= {"python": platform.python_version(), "rounds": options.rounds, "parameters": options.parameters}
     print("GB/s at 28 bytes a parameter; " + ", ".join(f"{key} {value}" for key, value in machine.items()))

@@ -50,11 +50,8 @@ def ours(parameters: int) -> dict[str, Action]:
         first.add_(1e-9)
         second.add_(1e-9)
 
-    def clip() -> None:
+    def passes() -> None:
         grad.mul_(CLIP)
-        optimizer.step()
-
-    def cast() -> None:
         optimizer.step()
         narrow.copy_(data)
 
@@ -62,10 +59,8 @@ def ours(parameters: int) -> dict[str, Action]:
         "floor": floor,
         "ours": lambda: kernels.adam(plain, **numbers),
         "torch": optimizer.step,
-        "ours:clip": lambda: kernels.adam(plain, scale=CLIP, **numbers),
-        "torch:clip": clip,
-        "ours:cast": lambda: kernels.adam(both, **numbers),
-        "torch:cast": cast,
+        "ours:fused": lambda: kernels.adam(both, scale=CLIP, **numbers),
+        "torch:passes": passes,
     }
 
 
@@ -74,8 +69,16 @@ def deepspeed(parameters: int) -> dict[str, Action]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     value = torch.randn(parameters).requires_grad_()
-    value.grad = torch.randn(parameters)
-    return {"deepspeed": DeepSpeedCPUAdam([value], adamw_mode=True, **RATES).step}
+    value.grad = grad = torch.randn(parameters)
+    data, narrow = value.detach(), torch.zeros(parameters, dtype=torch.bfloat16)
+    optimizer = DeepSpeedCPUAdam([value], adamw_mode=True, **RATES)
+
+    def passes() -> None:
+        grad.mul_(CLIP)
+        optimizer.step()
+        narrow.copy_(data)
+
+    return {"deepspeed": optimizer.step, "deepspeed:passes": passes}
 
 
 def main(kind: str, parameters: int) -> None:
