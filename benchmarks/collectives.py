@@ -7,7 +7,9 @@ figure is the median of the rounds. GB/s count the tensor once: the whole one
 for all_reduce, the whole input of reduce_scatter, the whole output of
 all_gather.
 
-`any` are ordinary tensors, `empty` those of `communicator.empty`; all_gather of the latter
+`gloo` is gloo's own, `chosen` the communicator over gloo with the algorithms that it measured on this host
+(`[comm] algorithms`); which these are is told first. `any` are ordinary
+tensors, `empty` those of `communicator.empty`; all_gather of the latter
 is in place, as the sharded optimizer does it. The limit of an operation
 is the time that the bytes it must read and write take at the bandwidth of
 the plain torch operation that reads and writes in the same proportion, with as many ranks at it at
@@ -32,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PEER = ROOT / ".peers/deepspeed/bin/python"
 WORKER = Path(__file__).parent / "collectives_worker.py"
+WAYS = ("gloo", "chosen", "any", "empty")
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather")
 
 
@@ -114,7 +117,7 @@ def measure(count: int, megabytes: float, rounds: int, deepspeed: bool) -> dict[
     if deepspeed:
         groups.append(("deepspeed", Ranks(str(PEER), "deepspeed", count)))
     plans = {
-        "ours": [f"{where}:{name}" for name in OPERATIONS for where in ("gloo", "any", "empty")]
+        "ours": [f"{where}:{name}" for name in OPERATIONS for where in WAYS]
         + [f"plain:{name}" for name in ("rmw", "add", "copy")],
         "deepspeed": ["deepspeed:all_reduce"],
     }
@@ -138,7 +141,7 @@ def rows(count: int, megabytes: float, medians: dict[str, float]) -> list[dict[s
     least = limits(count, {name: medians[f"plain:{name}"] for name in ("rmw", "add", "copy")})
     result = []
     for name in OPERATIONS:
-        found = {where: size / medians[f"{where}:{name}"] / 1e9 for where in ("gloo", "any", "empty")}
+        found = {where: size / medians[f"{where}:{name}"] / 1e9 for where in WAYS}
         peer = medians.get(f"deepspeed:{name}")
         result.append(
             {

@@ -37,6 +37,9 @@ def ours() -> Callable[[str, int], Action]:
     rank = Rank.from_environment()
     mesh = Mesh.build(rank.world_size, rank.index)
     inner = TorchCommunicator("gloo", torch.device("cpu"), mesh, rank, 120.0)
+    inner.choose_algorithms("measured", rank)
+    if rank.index == 0:
+        print(inner.describe()["algorithms, world"], file=sys.stderr, flush=True)
     comm = share(inner, rank, 120.0, asked=True)
     tensors: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -62,10 +65,11 @@ def ours() -> Callable[[str, int], Action]:
             return gloo(name, whole, piece)
         if name == "all_gather" and where == "empty":
             piece = whole[size * rank.index : size * (rank.index + 1)]
+        way = inner if where == "chosen" else comm
         return {
-            "all_reduce": lambda: comm.all_reduce(whole).wait(),
-            "reduce_scatter": lambda: comm.reduce_scatter(piece, whole).wait(),
-            "all_gather": lambda: comm.all_gather(whole, piece).wait(),
+            "all_reduce": lambda: way.all_reduce(whole).wait(),
+            "reduce_scatter": lambda: way.reduce_scatter(piece, whole).wait(),
+            "all_gather": lambda: way.all_gather(whole, piece).wait(),
         }[name]
 
     return make

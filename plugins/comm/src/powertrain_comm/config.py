@@ -72,6 +72,13 @@ class CommConfig:
     before it starts. Default false. For debugging: each collective then waits for all its ranks before it starts.
     Needs ``watchdog``."""
 
+    algorithms: Literal["measured", "pairwise", "gloo"] = "measured"
+    """How gloo's collectives of 64 KiB and more are carried out. ``measured``, the default: by the algorithm that was
+    faster on this host, which is measured at its first start, in a second at most, and kept in the cache.
+    ``pairwise``: gather and reduce-scatter by direct exchanges, summed in the order of ranks; all_reduce by gloo.
+    ``gloo``: everything by gloo. Algorithms add in different orders, so results may differ in the last bits: name
+    one where runs must be equal bit by bit on several hosts, or without the cache."""
+
     compress: Compress = attrs.field(factory=Compress)
     """The table ``[comm.compress]``: gradients in fewer bytes."""
 

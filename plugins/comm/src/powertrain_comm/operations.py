@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from powertrain.roles.communicator import Collective
+from powertrain_comm.algorithms import Table
 
 # torch 2.13 renamed these two; the old names warn there, the new ones are missing before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -27,7 +28,8 @@ class Group:
 
     Attributes:
         index: this process's place among ``ranks``.
-        pairwise: whether gather and reduce-scatter go faster as direct exchanges than by the library's own.
+        pairwise: whether direct exchanges may take the place of the library's own algorithms.
+        table: where they do.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Group:
         self.handle = handle
         self.ranks = tuple(ranks)
         self.index = self.ranks.index(rank)
+        self.table = Table()
         self.pairwise = backend == "gloo" and device.type == "cpu"
         self.averages = backend == "nccl"  # the others sum, and the handle divides
         self.device_ids = [device.index] if backend == "nccl" else None
@@ -72,7 +75,8 @@ def _start_all_reduce(c: Collective, group: Group) -> Any:
 
 
 def _start_all_gather(c: Collective, group: Group) -> Any:
-    return _all_gather(taken(c).view(-1), given(c).view(-1), group=group.handle, async_op=True)
+    # Detached: gloo's own writes into pieces of the output, which autograd refuses for a parameter.
+    return _all_gather(taken(c).detach().view(-1), given(c).detach().view(-1), group=group.handle, async_op=True)
 
 
 def _start_reduce_scatter(c: Collective, group: Group) -> Any:
@@ -122,8 +126,8 @@ def _together_all_reduce(parts: Sequence[Collective], group: Group) -> Any:
 
 
 def _together_all_gather(parts: Sequence[Collective], group: Group) -> Any:
-    outputs = [taken(part).view(-1) for part in parts]
-    return group.handle.allgather_into_tensor_coalesced(outputs, [given(part).view(-1) for part in parts])
+    outputs = [taken(part).detach().view(-1) for part in parts]
+    return group.handle.allgather_into_tensor_coalesced(outputs, [given(part).detach().view(-1) for part in parts])
 
 
 def _together_reduce_scatter(parts: Sequence[Collective], group: Group) -> Any:

@@ -1,6 +1,6 @@
-"""Gather and reduce-scatter as direct exchanges between each pair of ranks.
+"""Gather, reduce-scatter and all-reduce as direct exchanges between each pair of ranks.
 
-gloo's own two copy every byte several times on the way. Here each rank sends
+gloo's own first two copy every byte several times on the way. Here each rank sends
 its piece straight out of the caller's tensor to every peer, and receives
 straight into the caller's tensor, or into one buffer of a pool where there is
 something left to add. All of it is started by ``start``; the additions are
@@ -10,19 +10,20 @@ depends on nothing but the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from powertrain.errors import CommunicationError
-from powertrain.kernels.sums import combine
+from powertrain.kernels.sums import NARROW, combine
 from powertrain.roles.communicator import Collective, Done, Handle
+from powertrain_comm.algorithms import possible
 from powertrain_comm.failures import explain
 from powertrain_comm.operations import Group, given, taken
 from powertrain_comm.pool import BufferPool
 
-TAGS = {"all_gather": 0x7A61, "reduce_scatter": 0x7A62}
+TAGS = {"all_gather": 0x7A61, "reduce_scatter": 0x7A62, "all_reduce": 0x7A63}
 """Message tags of each operation's exchanges; a user's send and receive have tag 0."""
 
 LONG = 1 << 18
@@ -106,8 +107,21 @@ class Pairwise:
         self._pool = BufferPool()
 
     def serves(self, collective: Collective, group: Group) -> bool:
-        """Return whether ``start`` can carry this out; all ranks of ``group`` find the same."""
-        return group.pairwise and collective.operation in TAGS
+        """Return whether ``start`` carries this out, as the group's table says; all ranks of ``group`` find the same.
+
+        Sums in 16 bits are left to gloo only where everything is: it rounds after each addition.
+        """
+        operation = collective.operation
+        if not group.pairwise or operation not in TAGS:
+            return False
+        tensors = [tensor for tensor in (collective.input, collective.output) if tensor is not None]
+        nbytes = max((tensor.nbytes for tensor in tensors), default=0)
+        if not nbytes:
+            return operation != "all_reduce"
+        averages = operation == "reduce_scatter" and collective.reduction in ("sum", "mean")
+        narrow = averages and any(tensor.dtype in NARROW for tensor in tensors)
+        chosen = group.table.algorithm(operation, 0 if narrow else nbytes)
+        return chosen == "pairwise" and possible(operation, nbytes, len(group.ranks))
 
     def start(self, collective: Collective, group: Group) -> Handle:
         """Start a collective for which ``serves`` is true.
@@ -116,18 +130,13 @@ class Pairwise:
             RuntimeError: torch refused it, or the connection is broken.
             ValueError: a tensor is missing, or its length or type does not fit the other's.
         """
-        gathers = collective.operation == "all_gather"
-        source, target = given(collective).detach().view(-1), taken(collective).detach().view(-1)
-        piece, whole = (source, target) if gathers else (target, source)
-        count = len(group.ranks)
-        if whole.numel() != count * piece.numel() or whole.dtype != piece.dtype:
-            raise ValueError(
-                f"{collective.operation} among {count} ranks joins pieces of one length and type: "
-                f"{piece.numel()} of {piece.dtype} do not fit {whole.numel()} of {whole.dtype}"
-            )
+        if collective.operation == "all_reduce":
+            return self._reduce(collective, group, taken(collective).detach().view(-1))
+        piece, whole = fit(collective, group)
         if not piece.numel():
             return Done()
         pieces = whole.split(piece.numel())
+        gathers = collective.operation == "all_gather"
         return (self._gather if gathers else self._scatter)(collective, group, piece, pieces)
 
     def _gather(
@@ -143,16 +152,30 @@ class Pairwise:
     def _scatter(
         self, collective: Collective, group: Group, piece: torch.Tensor, pieces: Sequence[torch.Tensor]
     ) -> Handle:
-        me, count, pool = group.index, len(pieces), self._pool
-        nbytes = (count - 1) * piece.numel() * piece.element_size()
+        return self._combine(collective, group, pieces[group.index], dict(enumerate(pieces)), piece)
+
+    def _reduce(self, collective: Collective, group: Group, tensor: torch.Tensor) -> Handle:
+        return self._combine(collective, group, tensor, dict.fromkeys(range(len(group.ranks)), tensor), tensor)
+
+    def _combine(
+        self,
+        collective: Collective,
+        group: Group,
+        own: torch.Tensor,
+        parts: Mapping[int, torch.Tensor],
+        output: torch.Tensor,
+    ) -> Handle:
+        """Send each peer its one of ``parts``, and reduce ``own`` and what the peers send into ``output``."""
+        me, count, pool = group.index, len(parts), self._pool
+        nbytes = (count - 1) * own.numel() * own.element_size()
         buffer = pool.take(nbytes)
-        rows = buffer[:nbytes].view(piece.dtype).split(piece.numel())
+        rows = buffer[:nbytes].view(own.dtype).split(own.numel())
         received = dict(zip(_others(me, count), rows, strict=True))
-        works = _exchange(group, TAGS["reduce_scatter"], received, {peer: pieces[peer] for peer in received})
+        works = _exchange(group, TAGS[collective.operation], received, {peer: parts[peer] for peer in received})
 
         def finish() -> None:
-            terms = [pieces[me] if index == me else received[index] for index in range(count)]
-            combine(piece, terms, collective.reduction)
+            terms = [own if index == me else received[index] for index in range(count)]
+            combine(output, terms, collective.reduction)
             pool.give(buffer)
 
         return Exchange(works, collective, self._rank, finish)
@@ -160,6 +183,24 @@ class Pairwise:
     def close(self) -> None:
         """Free what is kept for later."""
         self._pool.clear()
+
+
+def fit(collective: Collective, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the piece and the whole of a gather or reduce-scatter, both flat.
+
+    Raises:
+        RuntimeError: a tensor is not contiguous.
+        ValueError: a tensor is missing, or its length or type does not fit the other's.
+    """
+    source, target = given(collective).detach().view(-1), taken(collective).detach().view(-1)
+    piece, whole = (source, target) if collective.operation == "all_gather" else (target, source)
+    count = len(group.ranks)
+    if whole.numel() != count * piece.numel() or whole.dtype != piece.dtype:
+        raise ValueError(
+            f"{collective.operation} among {count} ranks joins pieces of one length and type: "
+            f"{piece.numel()} of {piece.dtype} do not fit {whole.numel()} of {whole.dtype}"
+        )
+    return piece, whole
 
 
 def _others(me: int, count: int) -> list[int]:

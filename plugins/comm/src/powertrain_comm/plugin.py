@@ -59,7 +59,8 @@ class CommPlugin(Plugin[CommConfig]):
         if name == SHARED or (name is None and device.type == "cpu"):
             from powertrain_comm.shm.start import share
 
-            return share(connected, rank, limit, asked=name is not None)
+            return share(connected, rank, limit, asked=name is not None, algorithms=self.config.algorithms)
+        connected.choose_algorithms(self.config.algorithms, rank)
         return connected
 
     @hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,14 @@ from powertrain.errors import ShardingError
 from powertrain.mesh import DIMENSIONS, WORLD, Mesh
 from powertrain.roles.communicator import Collective, Communicator, Done, Handle, Handles
 from powertrain_comm.failures import explain
+from powertrain_comm.measure import Chooser
 from powertrain_comm.operations import START, START_TOGETHER, Group
-from powertrain_comm.pairwise import Pairwise
+from powertrain_comm.pairwise import Pairwise, fit
 from powertrain_comm.rendezvous import join
 
 if TYPE_CHECKING:
     from powertrain.environment import Rank
+    from powertrain_comm.algorithms import Setting
 
 
 class TorchHandle:
@@ -99,8 +101,45 @@ class TorchCommunicator(Communicator):
         self._made: list[dist.ProcessGroup] = []
         self._timeout = timedelta(seconds=timeout)
         self._groups = self._make_groups(reuse_world=fresh)
+        self._needed: Callable[[str], bool] | None = None
+        self._chooser: Chooser | None = None
         self._open = True
         self._failed = False
+
+    def choose_algorithms(
+        self, setting: Setting, rank: Rank, needed: Callable[[str], bool] = lambda dimension: True
+    ) -> None:
+        """Choose the algorithms of all groups, and of those that ``split`` will make; all ranks come here together.
+
+        Args:
+            setting: what ``[comm] algorithms`` says.
+            rank: this process's place in the launch.
+            needed: whether anything large goes along a dimension; all ranks find the same.
+
+        Raises:
+            CommunicationError: a rank is gone.
+        """
+        whole = self._groups[WORLD]
+        if whole is None or len(whole.ranks) == 1 or not whole.pairwise:
+            return
+        self._needed, self._chooser = needed, Chooser(setting, rank, whole, self._pairwise)
+        try:
+            self._choose(list(self._groups))
+        except BaseException as error:
+            self.report(error)
+            self.close()
+            raise
+
+    def _choose(self, dimensions: Sequence[str]) -> None:
+        if self._chooser is None or self._needed is None:
+            return
+        groups = [self._groups[name] for name in dimensions if self._needed(name)]
+        try:
+            self._chooser.choose([group for group in groups if group is not None])
+        except RuntimeError as error:
+            raise explain(
+                error, Collective(operation="barrier", dimension=WORLD, label="choice of algorithms"), self.rank
+            ) from error
 
     def _make_groups(self, *, reuse_world: bool) -> dict[str, Group | None]:
         """Make the groups of every dimension, in one order on all ranks; a dimension of one has none."""
@@ -147,14 +186,15 @@ class TorchCommunicator(Communicator):
         """
         names = self.mesh.split(dimension, size)
         whole = self._group(dimension)
-        for name in names:
-            if name not in self._groups:
-                try:
-                    self._groups[name] = self._connect(name, whole)
-                except RuntimeError as error:
-                    raise explain(
-                        error, Collective(operation="barrier", dimension=name, label="split"), self.rank
-                    ) from error
+        fresh = [name for name in names if name not in self._groups]
+        for name in fresh:
+            try:
+                self._groups[name] = self._connect(name, whole)
+            except RuntimeError as error:
+                raise explain(
+                    error, Collective(operation="barrier", dimension=name, label="split"), self.rank
+                ) from error
+        self._choose(fresh)
         return names
 
     def issue(self, collective: Collective) -> Handle:
@@ -171,6 +211,8 @@ class TorchCommunicator(Communicator):
         try:
             if self._pairwise.serves(collective, group):
                 return self._pairwise.start(collective, group)
+            if group.pairwise and collective.operation in ("all_gather", "reduce_scatter"):
+                fit(collective, group)  # so that both algorithms refuse the same, in the same words
             work = START[collective.operation](collective, group)
         except RuntimeError as error:
             raise explain(error, collective, self.rank) from error
@@ -221,6 +263,9 @@ class TorchCommunicator(Communicator):
             "torch": torch.__version__,
             "groups": ", ".join(f"{name} {size}" for name, size in sizes.items()),
         }
+        if self._chooser is not None:
+            tables = {name: group.table.describe() for name, group in self._groups.items() if group is not None}
+            facts |= {f"algorithms, {name}": text for name, text in tables.items()}
         if self.backend == "nccl":
             facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         return facts

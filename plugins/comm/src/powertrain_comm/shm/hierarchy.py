@@ -47,6 +47,11 @@ def neighbours(mesh: Mesh, dimension: str, hosts: tuple[int, ...]) -> int:
     return found.pop() if len(found) == 1 else 0
 
 
+def spans(mesh: Mesh, dimension: str, hosts: tuple[int, ...]) -> bool:
+    """Return whether any group along ``dimension`` has ranks of several hosts; all ranks find the same."""
+    return any(len({hosts[rank] for rank in ranks}) > 1 for ranks in mesh.groups(dimension))
+
+
 class ChainHandle:
     """Several collectives that follow one another.
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from powertrain import native
 from powertrain.errors import CommunicatorMissing
+from powertrain.mesh import DIMENSIONS, WORLD
 from powertrain_comm.shm.communicator import SharedMemoryCommunicator
+from powertrain_comm.shm.hierarchy import neighbours, spans
 from powertrain_comm.shm.peers import Unavailable, connect
 from powertrain_comm.shm.source import SOURCE
 from powertrain_comm.transport import TorchCommunicator
@@ -16,11 +18,14 @@ from powertrain_comm.transport import TorchCommunicator
 if TYPE_CHECKING:
     from powertrain.environment import Rank
     from powertrain.roles.communicator import Communicator
+    from powertrain_comm.algorithms import Setting
 
 _log = logging.getLogger("powertrain.comm")
 
 
-def share(inner: Communicator, rank: Rank, timeout: float, *, asked: bool) -> Communicator:
+def share(
+    inner: TorchCommunicator, rank: Rank, timeout: float, *, asked: bool, algorithms: Setting = "pairwise"
+) -> Communicator:
     """Return a communicator that goes through shared memory between ranks of one host; every rank calls it.
 
     Args:
@@ -28,6 +33,7 @@ def share(inner: Communicator, rank: Rank, timeout: float, *, asked: bool) -> Co
         rank: this process's place in the launch.
         timeout: seconds that a collective may take.
         asked: the configuration names it; otherwise ``inner`` alone will do.
+        algorithms: what ``[comm] algorithms`` says, for what goes over the network.
 
     Raises:
         CommunicatorMissing: shared memory was asked for, and a rank cannot have it.
@@ -48,6 +54,7 @@ def share(inner: Communicator, rank: Rank, timeout: float, *, asked: bool) -> Co
             ) from None
         if rank.index == 0:
             _log.warning("ranks talk over the loopback network, not through shared memory: %s", error)
+        inner.choose_algorithms(algorithms, rank)
         return inner
     except BaseException:
         inner.close()
@@ -55,4 +62,26 @@ def share(inner: Communicator, rank: Rank, timeout: float, *, asked: bool) -> Co
     network = None
     if len(set(host.hosts)) > 1:
         network = TorchCommunicator("gloo", inner.device, inner.mesh, rank, timeout)
+        try:
+            _choose(inner, network, host.hosts, rank, algorithms)
+        except BaseException:
+            network.close()
+            inner.close()
+            raise
     return SharedMemoryCommunicator(inner, host, timeout, network)
+
+
+def _choose(
+    inner: TorchCommunicator, network: TorchCommunicator, hosts: tuple[int, ...], rank: Rank, algorithms: Setting
+) -> None:
+    """Choose algorithms for what crosses the network: ``inner`` carries whole collectives, ``network`` hops."""
+    mesh = inner.mesh
+
+    def whole(name: str) -> bool:
+        return spans(mesh, name, hosts) and neighbours(mesh, name, hosts) <= 1
+
+    def hop(name: str) -> bool:
+        return name not in (WORLD, *DIMENSIONS) and spans(mesh, name, hosts)
+
+    inner.choose_algorithms(algorithms, rank, whole)
+    network.choose_algorithms(algorithms, rank, hop)
