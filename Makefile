@@ -38,7 +38,7 @@ lint: $(READY)
 $(PEERS)/.ready:
 	@echo "Installing the peer that the benchmarks compare with into $(PEERS) …"
 	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet torch==2.13.0 numpy setuptools wheel
+	@$(PEERS)/bin/python -m pip install --quiet torch==2.13.0 numpy setuptools wheel ninja
 	@DS_BUILD_OPS=0 $(PEERS)/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
 	@touch $@
 
@@ -46,6 +46,8 @@ bench: $(READY) $(PEERS)/.ready
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/engine_overhead.py
 	@$(BIN)/python benchmarks/checkpoint_async.py
+	@$(BIN)/python benchmarks/cpu_kernels.py
+	@$(BIN)/python benchmarks/collectives.py
 	@$(BIN)/python benchmarks/zero.py --precision fp32 --accumulation 1
 
 clean:

@@ -81,10 +81,12 @@ class Reduced:
         assert collective.output is not None and collective.input is not None
         flat, output = collective.input.view(-1), collective.output.view(-1)
         lossy = collective.lossy
-        self._owner, self._collective = owner, collective
+        self._owner, self._collective, self._codec = owner, collective, owner.codec
+        # Connected when it is issued, not when it is waited for: all ranks connect in the same order.
+        self._way = owner.second(collective.dimension)
         self._output = output[:lossy]
         ranks = owner.size(collective.dimension)
-        block = owner.codec.block
+        block = self._codec.block
         size = -(-lossy // (ranks * block)) * block
         whole = torch.zeros(ranks, size, device=flat.device)
         whole.view(-1)[:lossy].copy_(flat[:lossy])
@@ -118,13 +120,13 @@ class Reduced:
         collective, owner = self._collective, self._owner
         ranks = owner.size(collective.dimension)
         name = f"served/{ranks}/{collective.dimension}/{collective.label}"
-        self._mine = owner.feedback.encode(name, piece, owner.codec)
+        self._mine = owner.feedback.encode(name, piece, self._codec)
         self._size = piece.shape[1]
         self._all = torch.empty(ranks, self._mine.shape[1], dtype=torch.uint8, device=piece.device)
         self._second = owner.inner.all_gather(
             self._all.view(-1),
             self._mine.view(-1),
-            owner.second(collective.dimension),
+            self._way,
             label=f"{collective.label}, compressed again",
         )
 
@@ -137,7 +139,7 @@ class Reduced:
             return
         self._second.wait()
         whole = torch.empty(len(self._all), self._size, device=self._output.device)
-        self._owner.codec.decode(self._all, whole)
+        self._codec.decode(self._all, whole)
         self._output.copy_(whole.view(-1)[: self._output.numel()])
         self._second = self._mine = None
         if self._exact is not None:
