@@ -147,9 +147,9 @@ def test_answers_come_in_the_order_of_registration() -> None:
         return lambda self, communicator: asked.append(name) or f"{name}({communicator})"
 
     registry = Registry([make(n, wrap_communicator=wrap(n)) for n in ("z", "a", "m")])
-    found = list(registry.answers("wrap_communicator", communicator="x", timeout=1.0))
+    found = list(registry.answers("wrap_communicator", communicator="x", accelerator=None, timeout=1.0))
     assert found == [("z", "z(x)"), ("a", "a(x)"), ("m", "m(x)")]
-    assert registry.call("a", "wrap_communicator", communicator="y", timeout=1.0) == "a(y)"
+    assert registry.call("a", "wrap_communicator", communicator="y", accelerator=None, timeout=1.0) == "a(y)"
     assert asked == ["z", "a", "m", "a"]
 
 
