@@ -98,7 +98,7 @@ def plain_tower(
 def make_optimizer(model: nn.Module, kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
     """Return an optimizer whose trajectory does not blow rounding up."""
     if kind is torch.optim.AdamW:
-        return kind(groups_of(model), lr=1e-3, eps=1e-6)  # type: ignore[call-arg]
+        return kind(groups_of(model), lr=1e-3, eps=1e-7)  # type: ignore[call-arg]
     options = {torch.optim.RMSprop: {"lr": 1e-3, "eps": 1e-2}, torch.optim.SGD: {"lr": 0.02, "momentum": 0.9}}
     return kind([p for p in model.parameters() if p.requires_grad], **options.get(kind, {"lr": 0.01}))  # type: ignore[call-overload,no-any-return]
 
