@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,13 +25,21 @@ LARGE = CLASSES[1]
 
 
 def connect(cache, setting, **sizes):
-    os.environ["POWERTRAIN_CACHE"] = str(cache)
     rank = Rank.from_environment()
     mesh = Mesh.build(rank.world_size, rank.index, sizes)
     comm = TorchCommunicator("gloo", torch.device("cpu"), mesh, rank, 30.0)
     if setting is not None:
-        comm.choose_algorithms(setting, rank)
+        with cached_in(cache):
+            comm.choose_algorithms(setting, rank)
     return comm
+
+
+@contextmanager
+def cached_in(cache):
+    """Let the cache be elsewhere, and leave the process as it was: other tests go on in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POWERTRAIN_CACHE", str(cache))
+        yield
 
 
 def chosen(comm):
@@ -45,10 +53,10 @@ def chosen(comm):
 
 def write(cache, ranks, winner, hosts=1):
     """Leave a table in which ``winner`` is the faster one of everything."""
-    os.environ["POWERTRAIN_CACHE"] = str(cache)
     loser = "gloo" if winner == "pairwise" else "pairwise"
     times = {name: {least: {winner: 0.001, loser: 0.01} for least in CLASSES} for name in RULE}
-    tables.save(tables.facts(ranks, hosts), times)
+    with cached_in(cache):
+        tables.save(tables.facts(ranks, hosts), times)
 
 
 # --- the table ------------------------------------------------------------------------------------------------
@@ -204,7 +212,8 @@ def test_measuring_ends_with_its_budget(seconds, monkeypatch):
 
 def measure(cache):
     comm = connect(cache, "measured", tensor=2)
-    comm.split(WORLD, 2)
+    with cached_in(cache):
+        comm.split(WORLD, 2)
     found = chosen(comm)
     assert any("algorithms" in fact for fact in comm.describe())
     comm.close()

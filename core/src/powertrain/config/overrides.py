@@ -19,6 +19,9 @@ VARIABLES = {
     "POWERTRAIN_STRICT_PLUGINS": "1 makes a broken plugin an error even where nothing needs it",
     "POWERTRAIN_TRACE_HOOKS": "1 prints every call of a hook",
     "POWERTRAIN_LOG": "level of the log: debug, info, warning or error",
+    "POWERTRAIN_CACHE": "directory of what can be made again, such as kernels",
+    "POWERTRAIN_NATIVE": "0 leaves C++ kernels out: their references run",
+    "POWERTRAIN_BUILD_TIMEOUT": "seconds that a build of C++, or waiting for one, may take",
 }
 """The variables that are no configuration keys, and what each does."""
 
