@@ -32,7 +32,7 @@ class CompressedCommunicator(WrappedCommunicator):
         accelerator: whose kernels quantize.
 
     Attributes:
-        codec: turns elements into bytes; set while ``active``.
+        codec: turns elements into bytes; set while something is compressed.
         feedback: what was rounded away.
     """
 
@@ -59,11 +59,6 @@ class CompressedCommunicator(WrappedCommunicator):
         """The codec in use."""
         assert self._method is not None
         return self._codecs[self._method]
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is compressed now."""
-        return self._method is not None
 
     def issue(self, collective: Collective) -> Handle:
         """Start one collective, compressed if it may be."""
