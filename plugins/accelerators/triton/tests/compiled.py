@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from triton.runtime import driver
 
 from powertrain.kernels.updates import Operands
 from powertrain_triton import table
-from powertrain_triton.offer import NAMES
+from powertrain_triton.offer import NAMES, homes
 
 STEP = {"step": 3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -112,7 +111,8 @@ def main() -> None:
     found: dict[str, list[str]] = {}
     record(found)
     table.ready = anywhere  # before any other module of the library takes it
-    kernels = {name: getattr(import_module(f"powertrain_triton.{module}"), name) for name, module in NAMES.items()}
+    found_in = homes()
+    kernels = {name: getattr(found_in[module], name) for name, module in NAMES.items()}
     for dtype in (torch.float32, torch.bfloat16):
         update(kernels, dtype)
         others(kernels, dtype)

@@ -44,7 +44,9 @@ def test_gpus_offer_them(kind: type[CudaAccelerator | RocmAccelerator]) -> None:
     """Both accelerators hand the library's kernels out."""
     accelerator = kind()
     assert "kernels" in accelerator.capabilities
-    assert kernels.kernel(accelerator, "adam") is Offer().get("adam")
+    found = kernels.kernel(accelerator, "adam")
+    assert found.__func__ is Offer().get("adam").__func__  # type: ignore[union-attr,attr-defined]
+    assert found == kernels.kernel(accelerator, "adam")  # with the same tables
 
 
 def test_without_triton_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -75,8 +77,8 @@ def test_without_a_device_one_line_says_so() -> None:
         "import logging, torch; from powertrain_triton.offer import Offer\n"
         "logging.basicConfig()\n"
         "assert torch.cuda.device_count() or Offer().get('adam') is None\n"
-        "from powertrain_triton.sums import sums_of_squares\n"
-        "try: sums_of_squares([torch.zeros(3)])\n"
+        "from powertrain_triton.offer import homes\n"
+        "try: homes()['sums'].sums_of_squares([torch.zeros(3)])\n"
         "except ValueError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from powertrain.kernels import reference
-from powertrain_triton import sums
+from powertrain_triton.sums import Kernels
+from powertrain_triton.table import Tables
+
+sums = Kernels(Tables())
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

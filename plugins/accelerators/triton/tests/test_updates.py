@@ -12,7 +12,10 @@ from exactness import assert_as_exact
 
 from powertrain.kernels import reference
 from powertrain.kernels.updates import Operands
-from powertrain_triton import table, updates
+from powertrain_triton import table
+from powertrain_triton.updates import Kernels
+
+updates = Kernels(table.Tables())
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
 LENGTHS = (1, 1023, 16, 1024, 129, 2060, 0)
@@ -219,7 +222,7 @@ def test_rows_of_several_blocks(device: torch.device, monkeypatch: pytest.Monkey
     one, several = copied(given), copied(given)
     updates.adam(one, **ADAM)
     monkeypatch.setattr(table, "ROWS", 1)
-    assert table.Table.of([given.params]).blocks > 1
+    assert table.Tables().of([given.params]).blocks > 1
     updates.adam(several, **ADAM)
     for own, other in zip(one.params, several.params, strict=True):
         assert torch.equal(own.nan_to_num(), other.nan_to_num())
@@ -253,3 +256,12 @@ def test_what_cannot_be_updated_is_an_error(change: dict[str, Any], words: str) 
     lists = {"firsts": [torch.zeros(8)] * many, "seconds": [torch.zeros(8)] * many, **lists}
     with pytest.raises(ValueError, match=words):
         updates.adam(Operands(**lists), **ADAM)
+
+
+def test_a_table_is_kept_while_the_places_are_the_same(device: torch.device) -> None:
+    """The same memory has the same table, other memory another, and each owner its own."""
+    tables, one, other = table.Tables(), [torch.zeros(5, device=device)], [torch.zeros(5, device=device)]
+    kept = tables.of([one])
+    assert tables.of([one]) is kept
+    assert tables.of([other]) is not kept
+    assert table.Tables().of([one]) is not kept

@@ -27,6 +27,9 @@ NAMES = {
 }
 """Every kernel, and the module of this package that launches it."""
 
+TABLED = ("updates", "sums")
+"""The modules whose kernels are methods, as they share tables."""
+
 _log = logging.getLogger("powertrain.triton")
 
 
@@ -35,6 +38,7 @@ class Offer:
 
     def __init__(self) -> None:
         self._runs: bool | None = None
+        self._homes: dict[str, Any] = {}
 
     def get(self, name: str) -> Callable[..., Any] | None:
         """Return the kernel called ``name``; None if there is none, or triton cannot run here."""
@@ -51,8 +55,17 @@ class Offer:
                 )
         if not self._runs:
             return None
-        found: Callable[..., Any] = getattr(import_module(f"powertrain_triton.{NAMES[name]}"), name)
+        if not self._homes:
+            self._homes = homes()
+        found: Callable[..., Any] = getattr(self._homes[NAMES[name]], name)
         return found
+
+
+def homes() -> dict[str, Any]:
+    """Return for each module what its kernels are attributes of: the module, or an object with the tables."""
+    modules = {module: import_module(f"powertrain_triton.{module}") for module in dict.fromkeys(NAMES.values())}
+    tables = import_module("powertrain_triton.table").Tables()
+    return {name: module.Kernels(tables) if name in TABLED else module for name, module in modules.items()}
 
 
 def _complaint() -> str:

@@ -29,6 +29,9 @@ ROWS = 8192
 MOST = 64
 """Blocks of a row."""
 
+KEPT = 256
+"""Tables that are kept."""
+
 FORMATS = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -66,25 +69,30 @@ class Table:
     tensors: int
     device: torch.device
 
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[torch.Tensor]]) -> Table:
-        """Return the table of lists whose entries correspond; the first has an entry for every tensor.
-
-        A table of the same places is not built again: training updates the same memory step after step, and on
-        the host a table costs as much time as a device needs for a hundred million elements.
-        """
-        sizes = tuple(tensor.numel() for tensor in lists[0])
-        device = lists[0][0].device
-        columns = tuple(_column(tensors, sizes, device) for tensors in lists)
-        stream = torch.get_device_module(device).current_stream(device) if device.type != "cpu" else None
-        return _built(sizes, columns, _blocks_of_a_row(sum(sizes)), device, stream)
-
 
 Column = tuple[int, tuple[int, ...]]
 """One list: an element's bytes, and where each tensor begins."""
 
 
-@lru_cache(maxsize=256)
+class Tables:
+    """The tables of one process: one of the same places is not built again.
+
+    Training updates the same memory step after step, and on the host a table costs as much time as a device
+    needs for a hundred million elements.
+    """
+
+    def __init__(self) -> None:
+        self._built = lru_cache(maxsize=KEPT)(_built)
+
+    def of(self, lists: Sequence[Sequence[torch.Tensor]]) -> Table:
+        """Return the table of lists whose entries correspond; the first has an entry for every tensor."""
+        sizes = tuple(tensor.numel() for tensor in lists[0])
+        device = lists[0][0].device
+        columns = tuple(_column(tensors, sizes, device) for tensors in lists)
+        stream = torch.get_device_module(device).current_stream(device) if device.type != "cpu" else None
+        return self._built(sizes, columns, _blocks_of_a_row(sum(sizes)), device, stream)
+
+
 def _built(
     sizes: tuple[int, ...], columns: tuple[Column, ...], blocks: int, device: torch.device, stream: object
 ) -> Table:

@@ -339,6 +339,8 @@ class Guard:
                 board.until(lambda: board.count("released") >= here, 2 * LAST_WORDS)
         for rank in {self._rank, *verdict.absent}:
             Path(self._boxes[rank]).unlink(missing_ok=True)
+        if raising:
+            self._say(f"rank {self._rank} ends: {verdict.message}")  # as the main thread would have, had it come to it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # the main thread may be stuck in C++, where no exception reaches it
