@@ -14,30 +14,14 @@ Our ZeRO-3 is a little below 1.00: what backward needs first stays, and is not g
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
+from gpt_ranks import RANKS, last, launch, parse, train
 
-import powertrain
-from powertrain_data.tokens import TokenDataset
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "gpt"))
-
-from corpus import standard_library  # noqa: E402  # type: ignore[import-not-found]
-from model import GPT  # noqa: E402  # type: ignore[import-not-found]
-
-RANKS, NODE = 4, 2
-SEQUENCE = 64
-BATCH = 4
+NODE = 2
 
 MODES: dict[str, dict[str, Any]] = {
     "ZeRO-3": {},
@@ -51,67 +35,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(zero: Mapping[str, Any], steps: int, width: int, depth: int, corpus: Path) -> dict[str, Any]:
-    """Train on this rank; return losses, and what the last step sent."""
-    torch.manual_seed(0)
-    config = {
-        "zero": {"stage": 3, **zero},
-        "observe": {"comm": True},
-        "precision": {"compute": "bf16", "reduce": "bf16"},
-        "optimizer": {"lr": 3e-3, "clip": 1.0},
-        "batch": {"micro": BATCH},
-        "run": {"seed": 1},
-        "data": {},
-    }
-    model = GPT(SEQUENCE, width=width, depth=depth, heads=width // 32)
-    parameters = sum(p.numel() for p in model.parameters())
-    losses: list[float] = []
-    before: dict[str, int] = {}
-    with powertrain.initialize(model, config, TokenDataset(corpus, SEQUENCE)) as engine:
-
-        def sent() -> dict[str, int]:
-            totals: Counter[str] = Counter()
-            for row in engine.context.communicator.traffic():
-                totals[f"{row.operation} {row.dimension}"] += row.bytes
-            return dict(totals)
-
-        for batch in engine.loader or ():
-            before = sent()
-            losses.append(float(engine.train_step(batch)))
-            if len(losses) == steps:
-                break
-        after = sent()
-    moved = {key: after[key] - before.get(key, 0) for key in after if after[key] > before.get(key, 0)}
-    return {"losses": losses, "bytes": moved, "parameters": parameters, "rank": engine.context.rank.index}
-
-
 def between_nodes(moved: Mapping[str, int]) -> float:
     """Return the bytes that leave the node: all across, none within, and of the rest the share of far peers."""
     far = (RANKS - NODE) / (RANKS - 1)
     share = {f"data.within{NODE}": 0.0, f"data.across{NODE}": 1.0, "data": far}
     return sum(nbytes * share[key.split()[1]] for key, nbytes in moved.items())
-
-
-def launch(mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train in one mode on fresh processes; return what rank 0 says."""
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "result.json"
-        arguments = ["--worker", mode, str(output)]
-        arguments += [f"--{key}={getattr(options, key)}" for key in ("steps", "width", "depth")]
-        command = [str(Path(sys.executable).with_name("powertrain")), "launch", "--nproc", str(RANKS), __file__]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{mode}: the ranks ended with {done.returncode}\n{done.stdout}{done.stderr}")
-        result: dict[str, Any] = json.loads(output.read_text())
-        return result
-
-
-def work(mode: str, output: str, options: argparse.Namespace) -> None:
-    """Be one of the ranks."""
-    corpus = standard_library(ROOT / "runs" / "corpus")
-    result = train(MODES[mode], options.steps, options.width, options.depth, corpus.train)
-    if result.pop("rank") == 0:
-        Path(output).write_text(json.dumps(result))
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +48,6 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     moved = result["bytes"]
     gathers = sum(nbytes for key, nbytes in moved.items() if key.startswith("all_gather"))
     inside = sum(moved.values())
-    tail = result["losses"][-10:]
     return {
         "bytes": moved,
         "total": inside,
@@ -128,7 +55,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
         "gathers_M": gathers / one,
         "gradients_M": (inside - gathers) / one,
         "between_M": between_nodes(moved) / (one * (RANKS - NODE) / (RANKS - 1)),
-        "loss": sum(tail) / len(tail),
+        "loss": last(result["losses"]),
     }
 
 
@@ -147,24 +74,21 @@ def show(results: Mapping[str, Mapping[str, Any]], reference: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--width", type=int, default=64, help="a multiple of 32")
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="NAME", help=", ".join(MODES))
-    parser.add_argument("--json", action="store_true", help="print figures as JSON, losses of every step included")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(__doc__ or "", MODES, steps=60)
     if options.worker:
-        work(*options.worker, options)
+        train(
+            {
+                "zero": {"stage": 3, **MODES[options.worker[0]]},
+                "precision": {"compute": "bf16", "reduce": "bf16"},
+                "optimizer": {"lr": 3e-3, "clip": 1.0},
+            },
+            options,
+        )
         return
-    standard_library(ROOT / "runs" / "corpus")  # built once, before the ranks look for it
     results: dict[str, dict[str, Any]] = {}
     for name in options.modes:
         print(f"{name} …", file=sys.stderr, flush=True)
-        result = launch(name, options)
+        result = launch(__file__, name, options)
         results[name] = summary(result) | {"losses": result["losses"]}
     if options.json:
         sizes = {key: getattr(options, key) for key in ("steps", "width", "depth")}
