@@ -366,5 +366,6 @@ class BuildFailed(NativeError):
 
     code = "PT702"
     advice = (
-        "`powertrain kernels build` shows the whole message; the PyTorch reference gives the same answers meanwhile"
+        "try another compiler (CXX=…), or go on without, by POWERTRAIN_NATIVE=0: the PyTorch reference gives the same "
+        "answers, more slowly"
     )

@@ -198,3 +198,13 @@ def test_unknown_kernels_are_a_usage_error(kernels):
 def test_broken_plugins_hide_no_kernels(kernels, broken_farm):
     """Beside plugins that cannot be imported the list has the others' kernels."""
     assert listed(kernels("list", "--json", **NO_COMPILER))["plugin"] == "little"
+
+
+def test_one_plugins_mistake_does_not_hide_the_others(kernels, farm):
+    """A plugin that cannot tell its kernels is named in a line; the rest is shown."""
+    source = PLUGIN.replace("{directory!r}", repr(str(kernels.source))).replace('"little"', '"faulty"')
+    farm.add("faulty", source.replace("return (", "return 1 / 0, ("))
+    done = kernels("list")
+    assert done.returncode == 0
+    assert "'faulty' does not tell its kernels: ZeroDivisionError" in done.stderr
+    assert line_of(done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,8 @@ from powertrain import discovery, native
 from powertrain.errors import CompilerMissing, PluginError
 from powertrain.native import KernelSet
 from powertrain.text import did_you_mean
+
+_log = logging.getLogger("powertrain.kernels")
 
 
 @attrs.frozen(kw_only=True)
@@ -45,6 +48,9 @@ def sets() -> Iterator[tuple[str, KernelSet]]:
         try:
             found = discovery.load(name, known).kernel_sets()
         except PluginError:
+            continue
+        except Exception as error:  # one plugin's mistake does not hide the others' kernels
+            _log.warning("plugin %r does not tell its kernels: %s: %s", name, type(error).__name__, error)
             continue
         for each in found:
             yield name, each
