@@ -24,7 +24,8 @@ PyMODINIT_FUNC PyInit_tiny() { return PyModule_Create(&module); }
 """
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background is born deaf to Ctrl-C
 from pathlib import Path
 from powertrain import logs, native
 logs.configure()
