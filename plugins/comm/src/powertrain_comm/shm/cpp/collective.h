@@ -1,7 +1,7 @@
 // One collective of this rank, and how it gets on without ever waiting.
 //
 // Memory from the heap is read where it lies, by whoever needs it. What lies elsewhere goes through the owner's staging
-// area, in pieces that stay in the cache: the owner copies piece k there (`stage`), the others read it (`take`) while
+// area, in pieces that stay in some cache: the owner copies piece k there (`stage`), the others read it (`take`) while
 // the owner copies piece k + 1. An all_reduce has a third part, in which each rank brings what the others have reduced
 // (`collect`); where all results lie in the heap, they are written there at once instead.
 #pragma once
@@ -116,7 +116,10 @@ class Machine {
     }
 
   private:
-    static const int64_t kStaging = 1 << 20;    // bytes of a rank's staging area in one lane: what stays in its cache
+    // Bytes of a rank's staging area in one lane: more than its own cache holds, so that what others read has mostly gone
+    // on to the cache that all share; another core's changed lines cost more than memory's own.
+    static const int64_t kStaging = 4 << 20;
+    static const int64_t kNear = 8 << 10;       // bytes that stay in the nearest cache
     static const int64_t kPastCache = 1 << 20;  // bytes from which a result is written past the cache
 
     Peer& peer(const Collective& c, int index) const { return *peers_[size_t(c.group->ranks[size_t(index)])]; }
@@ -325,14 +328,18 @@ class Machine {
             work_.combine(room_.data(), terms, ranks, c.format, 0, elements, c.reduction);
             work_.stream(to, room_.data(), uint64_t(bytes));
         } else {
-            work_.combine(to, terms, ranks, c.format, 0, elements, c.reduction);
-        }
-        if (stages) {
-            work_.copy(staging(c, me, me, number), to, uint64_t(bytes));
-        } else if (c.operation == kAllReduce && !small(c) && !c.to_collect) {
-            for (int step = 1; step < ranks; ++step) {
-                const int index = (me + step) % ranks;
-                work_.copy(peer(c, index).base() + post_of(c, index).output + begin, to, uint64_t(bytes));
+            const bool spread = c.operation == kAllReduce && !small(c) && !c.to_collect;
+            // In parts that stay in the nearest cache until they are copied on.
+            const int64_t near = stages || spread ? kNear / c.width() : elements;
+            for (int64_t from = 0; from < elements; from += near) {
+                const int64_t end = std::min(from + near, elements), at = from * c.width();
+                const uint64_t length = uint64_t(end - from) * uint64_t(c.width());
+                work_.combine(to, terms, ranks, c.format, from, end, c.reduction);
+                if (stages) work_.copy(staging(c, me, me, number) + at, to + at, length);
+                for (int step = 1; spread && step < ranks; ++step) {
+                    const int index = (me + step) % ranks;
+                    work_.copy(peer(c, index).base() + post_of(c, index).output + begin + at, to + at, length);
+                }
             }
         }
         count(c, &Lane::consumed, ++c.taken);
