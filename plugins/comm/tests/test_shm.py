@@ -251,6 +251,7 @@ def test_ranks_that_differ_are_told(ranks):
     assert (code, other_code) == ("PT503", "PT503")
     assert "rank 1 issued another collective" in text
     assert "rank 0 issued another collective" in other_text
+    assert "elements of torch.float32" in text
 
 
 def without(reason):
@@ -371,3 +372,31 @@ def test_several_hosts_go_through_each_hosts_memory_first(ranks):
 def test_neighbours(hosts, expected):
     """Only even runs of neighbours make hosts that a dimension can be cut by."""
     assert neighbours(Mesh.build(4, 0), "data", hosts) == expected
+
+
+def strided():
+    """Give every collective a tensor that does not lie in one piece; return what is said."""
+    comm = connect()
+    square = torch.ones(8, 8)
+    told = []
+    try:
+        for start in (
+            lambda: comm.all_reduce(square[:, 0]),
+            lambda: comm.broadcast(torch.zeros(1).expand(9000), 0),
+            lambda: comm.all_gather(torch.empty(16, 8), square.t()),
+        ):
+            with pytest.raises(ValueError, match="takes contiguous tensors") as error:
+                start()
+            told.append(str(error.value))
+        comm.barrier().wait()
+        assert torch.equal(square, torch.ones(8, 8))
+        return told
+    finally:
+        comm.close()
+
+
+def test_tensors_lie_in_one_piece(ranks):
+    """What would be read and written beside the tensor is refused, with its strides and the remedy."""
+    for told in ranks(2, strided):
+        assert told[0].startswith("all_reduce takes contiguous tensors, not (8,) with strides (8,)")
+        assert ".contiguous()" in told[0]

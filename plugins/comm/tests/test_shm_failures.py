@@ -184,3 +184,50 @@ def test_a_dropped_handle_keeps_its_tensors(tmp_path):
         """,
     )
     assert [(code, out.strip()) for code, out, _ in ends] == [(0, "2.0")] * 2, ends
+
+
+def test_closing_ends_what_is_under_way(tmp_path):
+    """Who waits when the memory is closed, and who asks afterwards, gets an error and no wait without end."""
+    ends = run(
+        tmp_path,
+        """
+        import threading
+        if me == 1:
+            time.sleep(6)
+            os._exit(0)
+        handle = comm.all_reduce(torch.ones(3))
+        waiter = threading.Thread(target=told, args=(lambda: handle,))
+        waiter.start()
+        time.sleep(0.5)
+        comm._host.engine.close()
+        waiter.join(5)
+        told(lambda: comm.all_reduce(torch.ones(3)))
+        comm._host.engine.close()
+        os._exit(int(waiter.is_alive()))
+        """,
+    )
+    assert ends[0][0] == 0, ends[0][2]
+    assert ends[0][1].splitlines() == ["PT500 all_reduce failed | rank 0: it has left the run | True"] * 2, ends[0][2]
+
+
+def test_a_forked_child_may_drop_everything(tmp_path):
+    """A child that destroys its copy of the engine does not wait for the thread that only its parent has."""
+    ends = run(
+        tmp_path,
+        """
+        import gc
+        comm.all_reduce(torch.ones(big)).wait()
+        child = os.fork()
+        if child == 0:
+            comm._under_way.clear()
+            comm._host = None
+            gc.collect()
+            os._exit(0)
+        began = time.monotonic()
+        while os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() - began < 20:
+            time.sleep(0.05)
+        print("ended", time.monotonic() - began < 20)
+        comm.close()
+        """,
+    )
+    assert [(code, out.strip()) for code, out, _ in ends] == [(0, "ended True")] * 2, ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 
 from powertrain.errors import CollectiveDiverged, CollectiveStalled, CommunicationError, PeerFailed
 from powertrain.mesh import DIMENSIONS, WORLD
-from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
+from powertrain.roles.communicator import Collective, Communicator, Handle, Handles, WrappedCommunicator
 from powertrain_comm.operations import given, taken
 from powertrain_comm.shm.hierarchy import Hierarchy, neighbours
 from powertrain_comm.shm.peers import DIMENSIONS as LANES
@@ -32,6 +33,8 @@ FORMATS = {
 """Types that C++ adds; ``powertrain/formats.h`` has the same numbers."""
 
 REDUCES = ("all_reduce", "reduce_scatter")
+SLICE = 1.0
+"""Seconds after which a rank that waits looks whether it was interrupted."""
 UNDER_WAY, DONE, PEER_GONE, DIVERGED = range(4)
 
 
@@ -70,9 +73,9 @@ class SharedHandle:
         """
         if self._inner.status == DONE:
             return
-        left = max(0.0, self._deadline - time.monotonic())
-        if not self._engine.wait(self._inner, left):
-            raise CollectiveStalled(f"{self._what()} did not finish in time", where=self._where())
+        while not self._engine.wait(self._inner, min(SLICE, max(0.0, self._deadline - time.monotonic()))):
+            if time.monotonic() >= self._deadline:
+                raise CollectiveStalled(f"{self._what()} did not finish in time", where=self._where())
         if self._inner.status != DONE:
             raise self._error()
 
@@ -97,11 +100,12 @@ class SharedHandle:
         if status == PEER_GONE:
             return PeerFailed(f"{self._what()} lost {culprit}", where=self._where(), found=message)
         if status == DIVERGED:
+            theirs, _, ours = message.partition("|")
             return CollectiveDiverged(
                 f"{culprit} issued another collective than {self._what()}",
                 where=self._where(),
-                expected=f"{self._collective.operation} of tensors of one length, type and reduction on every rank",
-                found=message,
+                expected=_named(ours) if ours else f"{self._collective.operation} of pieces that fit on every rank",
+                found=_named(theirs) if ours else message,
             )
         return CommunicationError(f"{self._what()} failed", where=self._where(), found=f"{culprit}: {message}")
 
@@ -126,6 +130,7 @@ class SharedMemoryCommunicator(WrappedCommunicator):
         self._network = network
         self._spread: dict[str, Hierarchy] = {}
         self._under_way: deque[SharedHandle] = deque()
+        self._lock = threading.Lock()  # a hierarchy issues from a thread of its own
         for dimension in (WORLD, *DIMENSIONS):
             self._number(dimension)
 
@@ -174,7 +179,7 @@ class SharedMemoryCommunicator(WrappedCommunicator):
 
         Raises:
             CommunicationError: it could not be started.
-            ValueError: a tensor is missing, or lengths and types do not fit.
+            ValueError: a tensor is missing or not contiguous, or lengths and types do not fit.
         """
         dimension = collective.dimension
         if not _serves(collective):
@@ -185,14 +190,20 @@ class SharedMemoryCommunicator(WrappedCommunicator):
             return hierarchy.issue(collective)
         return self.inner.issue(collective)
 
+    def issue_together(self, collectives: Sequence[Collective]) -> Handle:
+        """Start several collectives, each where it belongs; they wait as one."""
+        return Handles([self.issue(collective) for collective in collectives])
+
     def _start(self, collective: Collective, number: int, places: list[int], me: int) -> Handle:
         """Start one collective among ranks of this host, of which this is the one at ``me``."""
-        while self._under_way and self._under_way[0].done():
-            self._under_way.popleft()
         host = self._host
-        inner = host.engine.issue(*self._arguments(collective, number, places, me))
-        handle = SharedHandle(host.engine, inner, collective, self.rank, host.ranks, self._timeout)
-        self._under_way.append(handle)  # tensors must stay, even if nobody waits
+        arguments = self._arguments(collective, number, places, me)
+        with self._lock:
+            while self._under_way and self._under_way[0].done():
+                self._under_way.popleft()
+            inner = host.engine.issue(*arguments)
+            handle = SharedHandle(host.engine, inner, collective, self.rank, host.ranks, self._timeout)
+            self._under_way.append(handle)  # tensors must stay, even if nobody waits
         return handle
 
     def _arguments(self, collective: Collective, number: int, places: list[int], me: int) -> tuple[Any, ...]:
@@ -204,7 +215,7 @@ class SharedMemoryCommunicator(WrappedCommunicator):
                 raise ValueError(f"index {other} is not among the others of the {count} ranks along the dimension")
             sends = operation == "send"
             pair = (me, other) if sends else (other, me)
-            tensor = given(collective) if sends else taken(collective)
+            tensor = _whole(operation, given(collective) if sends else taken(collective))
             ranks = [places[pair[0]], places[pair[1]]]
             lane = self._host.lane(number, *ranks)
             address = tensor.data_ptr()
@@ -214,7 +225,7 @@ class SharedMemoryCommunicator(WrappedCommunicator):
         head = (lane, places, me, OPERATIONS[operation])
         if operation == "barrier":
             return *head, 5, 0, 0, 0, 0, 0, [], []
-        source, target = given(collective), taken(collective)
+        source, target = _whole(operation, given(collective)), _whole(operation, taken(collective))
         if source.dtype != target.dtype:
             raise ValueError(f"{operation} gives {source.dtype} and takes {target.dtype}: they must be of one type")
         if operation in REDUCES:
@@ -264,6 +275,28 @@ def _serves(collective: Collective) -> bool:
     if collective.operation in REDUCES:
         return tensor.dtype in FORMATS and (collective.reduction != "mean" or tensor.is_floating_point())
     return True
+
+
+def _named(numbers: str) -> str:
+    """Return what C++ tells of a collective (operation, type, reduction, source, elements) in words."""
+    operation, kind, how, source, numel = map(int, numbers.split())
+    name = next(name for name, number in OPERATIONS.items() if number == operation)
+    if name == "barrier":
+        return name
+    if name not in REDUCES:
+        return f"{name} of {numel} bytes" + (f" from index {source}" if name == "broadcast" else "")
+    dtype = next(dtype for dtype, number in FORMATS.items() if number == kind)
+    reduction = next(reduction for reduction, number in REDUCTIONS.items() if number == how)
+    return f"{name} ({reduction}) of {numel} elements of {dtype}"
+
+
+def _whole(operation: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{operation} takes contiguous tensors, not {tuple(tensor.shape)} with strides {tensor.stride()}: "
+            "call .contiguous() first, and copy the result back"
+        )
+    return tensor
 
 
 def _fits(operation: str, found: int, expected: int) -> None:

@@ -35,6 +35,9 @@ PATIENCE = 60.0
 SPINS = 2000
 """Looks at its peers that a rank takes before it sleeps, where each rank has a core of its own."""
 
+ADDRESSES = 1 << 45
+"""Bytes of address space for all ranks' memory: a quarter of what a process has on x86-64."""
+
 _HELLO = struct.Struct("=QQQ")  # who calls, its token, the length of its memory
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
@@ -104,8 +107,11 @@ def connect(module: ModuleType | None, inner: Communicator, rank: Rank) -> Host:
         spins = SPINS if len(ranks) <= len(os.sched_getaffinity(0)) else 0
         engine = module.Engine(heap=heap, self=place, spins=spins)
         here = [facts[index] for index in ranks]
-        for peer in _meet(server, here, place, heap):
-            engine.add_peer(**peer)
+        reason = _map(engine, _meet(server, here, place, heap), rank)
+    reasons = inner.gather_json(reason, WORLD, label="shared memory: who has mapped it")
+    if reason := next((reason for reason in reasons if reason), ""):
+        engine.close()
+        raise Unavailable(reason)
     names = [fact["host"] for fact in facts]
     return Host(heap, engine, ranks, tuple(names.index(name) for name in names))
 
@@ -119,7 +125,7 @@ def _offer(server: socket.socket, module: ModuleType | None, rank: Rank) -> tupl
             raise RuntimeError("its C++ could not be built")
         if rank.local_size > module.MAX_RANKS:
             raise RuntimeError(f"{rank.local_size} ranks on one host are more than {module.MAX_RANKS}")
-        heap = module.Heap(size=_memory(), lanes=lanes(rank.local_size))
+        heap = module.Heap(size=_memory(rank.local_size), lanes=lanes(rank.local_size))
         server.bind(f"\0{name}")  # in no directory
         server.listen(rank.local_size)
         server.settimeout(PATIENCE)
@@ -128,9 +134,26 @@ def _offer(server: socket.socket, module: ModuleType | None, rank: Rank) -> tupl
     return {"host": host_name(rank), "name": name, "token": token, "reason": reason, "rank": rank.index}, heap
 
 
-def _memory() -> int:
-    """Return the bytes of address space for shared memory: the host's memory; what is not touched costs nothing."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _memory(ranks: int) -> int:
+    """Return the bytes of address space for a rank's shared memory; what is not touched costs nothing.
+
+    As much as the host has, but for what a process can address: it maps the memory of every rank.
+    """
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), ADDRESSES // ranks // 4096 * 4096)
+
+
+def _map(engine: Any, peers: Sequence[dict[str, int]], rank: Rank) -> str:
+    """Map the memory of every rank of this host; return what prevented it, if anything did."""
+    for number, peer in enumerate(peers):
+        try:
+            engine.add_peer(**peer)
+        except RuntimeError as error:
+            for left in peers[number:]:
+                for descriptor in (left["file"], left["socket"]):
+                    if descriptor >= 0:
+                        os.close(descriptor)
+            return f"rank {rank.index}: {error} (`ulimit -v` limits addresses)"
+    return ""
 
 
 def _meet(server: socket.socket, facts: Sequence[dict[str, Any]], place: int, heap: Any) -> list[dict[str, int]]:

@@ -35,7 +35,7 @@ def check(rounds: int = ROUNDS) -> Iterator[Finding]:
     engines, heaps = _connect(module)
     try:
         with ThreadPoolExecutor(RANKS) as pool:
-            for operation in ("all_reduce", "reduce_scatter", "all_gather", "broadcast"):
+            for operation in ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all"):
                 draw = random.Random(operation)
                 wrong = sum(not _tried(engines, heaps, pool, operation, draw) for _ in range(rounds))
                 yield Finding(operation, "2 ranks", rounds, float("inf") if wrong else 0.0)
@@ -79,7 +79,15 @@ def _tried(engines: list[Any], heaps: list[Any], pool: ThreadPoolExecutor, opera
     total = torch.empty(numel, dtype=dtype)
     if reduces:
         kernels.reference("combine")(total, values, how)
+    # all_to_all: what rank 0, and rank 1, gives to rank 0; the rest is for rank 1.
+    cuts = [draw.randint(0, count) for _ in range(RANKS)]
+    starts = [[0, cut, count] for cut in cuts]
+    takes = [[0, cuts[0], sum(cuts)], [0, count - cuts[0], 2 * count - sum(cuts)]]
     expected = {
+        "all_to_all": [
+            torch.cat([value[:cut] for value, cut in zip(values, cuts, strict=True)]),
+            torch.cat([value[cut:] for value, cut in zip(values, cuts, strict=True)]),
+        ],
         "all_reduce": [total] * RANKS,
         "reduce_scatter": list(total.chunk(RANKS)) if operation == "reduce_scatter" else [],
         "all_gather": [torch.cat(values)] * RANKS,
@@ -92,7 +100,8 @@ def _tried(engines: list[Any], heaps: list[Any], pool: ThreadPoolExecutor, opera
         format_, reduction = (FORMATS[dtype], REDUCTIONS[how]) if reduces else (FORMATS[torch.uint8], 0)
         return engines[place].issue(
             0, list(range(RANKS)), place, OPERATIONS[operation], format_, reduction, 0, count,
-            inputs[place].data_ptr(), outputs[place].data_ptr(), [], [],
+            inputs[place].data_ptr(), outputs[place].data_ptr(),
+            *((starts[place], takes[place]) if operation == "all_to_all" else ([], [])),
         )  # fmt: skip
 
     handles = [start(place) for place in range(RANKS)]

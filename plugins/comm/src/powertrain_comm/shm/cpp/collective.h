@@ -159,8 +159,7 @@ class Machine {
             if (other.operation == c.operation && other.format == c.format && other.reduction == c.reduction &&
                 other.source == c.source && (other.numel == c.numel || c.operation == kAllToAll))
                 continue;
-            return differs(c, index, std::to_string(other.operation) + " " + std::to_string(other.format) + " " +
-                                         std::to_string(other.reduction) + " " + std::to_string(other.numel));
+            return differs(c, index, told(other) + "|" + told(post_of(c, c.group->me)));  // Python has the names
         }
         if (c.operation != kAllToAll) return true;
         for (int index = 0; index < c.group->size(); ++index) {
@@ -172,6 +171,14 @@ class Machine {
                                              std::to_string(expected) + " are expected");
         }
         return true;
+    }
+
+    static std::string told(const Post& post) {
+        std::string text;
+        for (const int64_t each : {int64_t(post.operation), int64_t(post.format), int64_t(post.reduction),
+                                   int64_t(post.source), post.numel})
+            text += std::to_string(each) + " ";
+        return text;
     }
 
     bool differs(Collective& c, int index, std::string how) {
@@ -246,12 +253,19 @@ class Machine {
         return peer(c, owner).base() + offset + (turn * c.group->size() + slot) * piece(c);
     }
 
-    bool own_staging(const Collective& c) {
+    // Whether there is a staging area; without room for one the collective has failed.
+    bool own_staging(Collective& c) {
         Lane& mine = lane(c, c.group->me);
         if (mine.staging.load()) return true;
         const uint8_t* place = heap_.allocate(kStaging);
-        if (place) mine.staging.store(uint64_t(place - heap_.base()), std::memory_order_release);
-        return place;
+        if (place) {
+            mine.staging.store(uint64_t(place - heap_.base()), std::memory_order_release);
+            return true;
+        }
+        c.message = "its shared memory is used up";
+        c.culprit = self_;
+        c.status.store(kBroken);
+        return false;
     }
 
     // Piece `number` of what `from` gives to this rank: where it can be read.
@@ -279,12 +293,7 @@ class Machine {
         for (int index = 0; number >= 2 && index < c.group->size(); ++index)
             if (index != me && length(c, part(c, me, index).length, number - 2) && !has(c, index, &Lane::consumed, number - 1))
                 return false;
-        if (!own_staging(c)) {
-            c.message = "its memory is used up";
-            c.culprit = self_;
-            c.status.store(kBroken);
-            return true;
-        }
+        if (!own_staging(c)) return true;
         for (int index = 0; index < c.group->size(); ++index) {
             if (index == me) continue;
             const Part all = part(c, me, index);
@@ -315,7 +324,7 @@ class Machine {
         const bool stages = c.to_collect && !(c.where & kOutputShared);
         if (stages) {
             if (number < 2 ? !everyone(c, &Lane::left, c.sequence) : !others_have(c, &Lane::collected, number - 1)) return false;
-            if (!own_staging(c)) return false;
+            if (!own_staging(c)) return true;
         }
         const Part mine = part(c, me, me);
         const int64_t bytes = length(c, mine.length, number), elements = bytes / c.width();

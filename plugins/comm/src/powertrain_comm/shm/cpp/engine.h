@@ -19,7 +19,12 @@ class Engine {
     Engine(std::shared_ptr<Heap> heap, int self, const Work& work, int spins)
         : heap_(std::move(heap)), self_(self), spins_(spins), owner_(getpid()), machine_(peers_, *heap_, self, work) {}
 
-    ~Engine() { close(); }
+    ~Engine() {
+        close();
+        if (getpid() == owner_) delete sync_;  // in a forked child the thread it knows of is not there, and its locks stay
+    }
+
+    Engine(const Engine&) = delete;
 
     void add_peer(int file, uint64_t size, int socket, pid_t process) {
         const bool own = int(peers_.size()) == self_;
@@ -41,6 +46,10 @@ class Engine {
             settle(*c, failure_->status.load(), failure_->culprit, failure_->message);
             return c;
         }
+        if (closed_) {
+            settle(*c, kBroken, self_, kClosed);
+            return c;
+        }
         ++pending_;
         incoming_.push_back({&queue, c});
         if (!driving_) {
@@ -60,7 +69,8 @@ class Engine {
         std::unique_lock<std::mutex> guard(mutex_);
         while (c->status.load() == kUnderWay) {
             if (Clock::now() >= deadline) return false;
-            if (!driving_) drive(guard, c.get(), deadline);
+            if (closed_ && !driving_) end_all(kBroken, self_, kClosed);
+            else if (!driving_) drive(guard, c.get(), deadline);
             else over_.wait_for(guard, std::chrono::milliseconds(200));
         }
         return true;
@@ -68,10 +78,7 @@ class Engine {
 
     // Leave in order: peers that still wait for this rank learn that they need not.
     void close() {
-        if (getpid() != owner_) {
-            if (thread_.joinable()) thread_.detach();  // of the parent; a forked child has no such thread
-            return;
-        }
+        if (getpid() != owner_) return;
         {
             std::unique_lock<std::mutex> guard(mutex_);
             if (closed_) return;
@@ -80,6 +87,11 @@ class Engine {
         ring_bell(own());
         work_.notify_all();
         if (thread_.joinable()) thread_.join();
+        {
+            std::unique_lock<std::mutex> guard(mutex_);
+            over_.wait(guard, [this] { return !driving_; });
+            end_all(kBroken, self_, kClosed);
+        }
         own().closed.store(1);
         for (auto& peer : peers_) ring_bell(peer->header());
     }
@@ -162,8 +174,8 @@ class Engine {
             if (broken_) fail(broken_->status.load(), broken_->culprit, broken_->message);
             if (target ? target->status.load() != kUnderWay : pending_ == 0) break;
             if (closed_ || Clock::now() >= deadline) break;
+            const uint32_t heard = own().bell.load();  // while nothing can be issued unheard
             guard.unlock();
-            const uint32_t heard = own().bell.load();
             bool moved = false;
             for (Queue* queue : active_) moved |= advance(*queue);
             if (moved) {
@@ -206,8 +218,9 @@ class Engine {
             if (!end) continue;
             for (int rank : queue->group.ranks) {
                 const Peer& peer = *peers_[size_t(rank)];
-                const bool parted = peer.header().closed.load(), waited = peer.lane(queue->group.lane).left.load() < end;
-                if (rank == self_ || !waited || !(parted || peer.gone())) continue;
+                // In this order: one that finishes and ends in between has not been waited for.
+                const bool parted = peer.header().closed.load(), ended = rank != self_ && (parted || peer.gone());
+                if (!ended || peer.lane(queue->group.lane).left.load() >= end) continue;
                 return fail_all(kPeerGone, rank, parted ? "it has left" : "its process has ended");
             }
         }
@@ -225,6 +238,13 @@ class Engine {
     void fail(int status, int culprit, const std::string& message) {
         failure_ = broken_;
         failed_ = true;
+        broken_.reset();
+        end_all(status, culprit, message);
+    }
+
+    // With the lock held, while nobody else drives.
+    void end_all(int status, int culprit, const std::string& message) {
+        absorb();
         for (Queue* queue : active_)
             for (auto* list : {&queue->unposted, &queue->working, &queue->leaving}) {
                 for (Handle& each : *list) {
@@ -233,7 +253,6 @@ class Engine {
                 }
                 list->clear();
             }
-        broken_.reset();
         over_.notify_all();
     }
 
@@ -253,14 +272,24 @@ class Engine {
         }
     }
 
+    // What threads meet at.
+    struct Sync {
+        std::mutex mutex;
+        std::condition_variable work, over;
+        std::thread thread;
+    };
+
+    static constexpr const char* kClosed = "it has left the run";
+
     std::shared_ptr<Heap> heap_;
     int self_, spins_;
     pid_t owner_;
+    Sync* const sync_ = new Sync;
+    std::mutex& mutex_ = sync_->mutex;
+    std::condition_variable &work_ = sync_->work, &over_ = sync_->over;
+    std::thread& thread_ = sync_->thread;
     std::vector<std::unique_ptr<Peer>> peers_;
     Machine machine_;
-    std::mutex mutex_;
-    std::condition_variable work_, over_;
-    std::thread thread_;
     std::map<uint64_t, Queue> queues_;
     std::vector<Queue*> fresh_, active_;
     std::deque<std::pair<Queue*, Handle>> incoming_;

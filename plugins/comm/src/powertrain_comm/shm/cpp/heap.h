@@ -32,6 +32,7 @@ class Heap {
   public:
     // The first `reserved` bytes are not handed out.
     Heap(uint64_t size, uint64_t reserved) : size_(size), owner_(getpid()) {
+        if (size <= reserved) throw std::runtime_error("too little memory for what so many ranks tell one another");
         file_ = memfd_create("powertrain", MFD_CLOEXEC);
         if (file_ < 0) throw system_error("cannot make shared memory");
         if (ftruncate(file_, off_t(size)) != 0) {
