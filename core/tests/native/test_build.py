@@ -277,3 +277,41 @@ def test_a_compiler_that_takes_too_long(tmp_path: Path, cache: Path, monkeypatch
     child = int((tmp_path / "pid").read_text())
     wait_for(lambda: not running(child), "the end of the compiler")
     assert residue(cache) == []
+
+
+def test_without_locks_builds_do_not_hurt_one_another(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without locks another's unfinished build stays, and one that was as fast is taken."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    cache.mkdir(parents=True)
+    source = tiny(tmp_path / "source", 90)
+    first = native.build(source)
+    other = cache / f".building-tiny-{first.key}-other"
+    other.mkdir()
+
+    kept = first.path.parent.rename(tmp_path / "kept")
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.startswith(".building-"):
+            real(kept, target)
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert native.build(source) == first
+    assert other.is_dir()
+
+
+def test_who_may_read_the_cache_may_read_what_is_built(tmp_path: Path, cache: Path) -> None:
+    """What an image's builder has built another user can load."""
+    cache.mkdir(parents=True, mode=0o755)
+    cache.chmod(0o755)
+    built = native.build(tiny(tmp_path / "source", 91))
+    assert built.path.parent.stat().st_mode & 0o777 == 0o755
+    assert built.path.stat().st_mode & 0o444

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -106,16 +107,17 @@ def build(
     root = cache.directory()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with cache.lock(root / f"{source.name}-{key}.lock", build_limit()):
-            return there() or _build(source, key, tools, root, progress)
+        with cache.lock(root / f"{source.name}-{key}.lock", build_limit()) as alone:
+            return there() or _build(source, key, tools, root, progress, alone)
     except OSError as error:
         raise _unwritable(source, root, error) from error
 
 
-def _build(source: Source, key: str, tools: Toolchain, root: Path, progress: Progress | None) -> Built:
+def _build(source: Source, key: str, tools: Toolchain, root: Path, progress: Progress | None, alone: bool) -> Built:
     prefix = f".building-{source.name}-{key}-"
-    for left in root.glob(f"{prefix}*"):  # of a process that was killed: the lock is ours now
-        shutil.rmtree(left, ignore_errors=True)
+    for left in root.glob(f"{prefix}*"):  # of a process that was killed, if the lock is ours, or it is very old
+        if alone or time.time() - left.stat().st_mtime > build_limit():
+            shutil.rmtree(left, ignore_errors=True)
     _log.info("building %s with %s (once on this machine)", source.name, tools.version)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
     try:
@@ -127,8 +129,15 @@ def _build(source: Source, key: str, tools: Toolchain, root: Path, progress: Pro
         (aside / RECORD).write_text(json.dumps({**record, "made": built.made}), encoding="utf-8")
         for waste in (*aside.glob("*.o"), *aside.glob(".ninja*")):
             waste.unlink()
+        aside.chmod(stat.S_IMODE(root.stat().st_mode))  # who may read the cache may read this
         shutil.rmtree(built.path.parent, ignore_errors=True)
-        aside.rename(built.path.parent)
+        try:
+            aside.rename(built.path.parent)
+        except OSError as error:
+            # Where there are no locks, another process was as fast.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (other := _find(source, key)):
+                raise
+            return other
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _log.info("built %s in %.1f s", source.name, seconds)

@@ -60,8 +60,8 @@ def key(source: Source, tools: Toolchain) -> str:
 
 
 @contextmanager
-def lock(path: Path, limit: float) -> Iterator[None]:
-    """Hold the lock at ``path``; where the file system has no locks, hold nothing.
+def lock(path: Path, limit: float) -> Iterator[bool]:
+    """Hold the lock at ``path``, and yield whether it is held: some file systems have no locks.
 
     Args:
         path: of a file that is made, and removed at the end.
@@ -73,7 +73,7 @@ def lock(path: Path, limit: float) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # no such system: renaming in place is still safe
-        yield
+        yield False
         return
     started = time.monotonic()
     told = False
@@ -98,7 +98,7 @@ def lock(path: Path, limit: float) -> Iterator[None]:
             continue
         except OSError:  # no locks here (some network file systems)
             os.close(descriptor)
-            yield
+            yield False
             return
         # The one before may have removed the file between our opening and locking it.
         if _is_at(descriptor, path):
@@ -107,7 +107,7 @@ def lock(path: Path, limit: float) -> Iterator[None]:
     try:
         os.truncate(descriptor, 0)
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        yield
+        yield True
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
