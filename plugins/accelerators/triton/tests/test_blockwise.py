@@ -62,3 +62,15 @@ def test_a_row_of_bytes_takes_the_kernels(device: torch.device) -> None:
     mine.accumulate(mine.encode(rows), outs[0])
     theirs.accumulate(theirs.encode(rows), outs[1])
     assert torch.equal(outs[0], outs[1])
+
+
+@pytest.mark.parametrize(
+    ("numel", "data", "scales", "bits"), [(512, 511, 2, 8), (512, 512, 1, 8), (300, 300, 2, 8), (512, 128, 2, 2)]
+)
+def test_what_does_not_fit_is_refused(numel: int, data: int, scales: int, bits: int) -> None:
+    """What would be written beyond a tensor's end is an error before anything runs."""
+    places = torch.zeros(data, dtype=torch.uint8), torch.zeros(scales)
+    with pytest.raises(ValueError, match=r"do not fit|no quantization"):
+        blockwise.quantize(torch.zeros(numel), *places, bits=bits, block=256)
+    with pytest.raises(ValueError, match=r"do not fit|no quantization"):
+        blockwise.dequantize(*places, torch.zeros(numel), bits=bits, block=256)

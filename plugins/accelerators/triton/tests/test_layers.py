@@ -196,3 +196,49 @@ def test_small_losses_keep_their_gradients_in_fp16(device: torch.device) -> None
     assert hidden.grad is not None
     assert wide.grad is not None
     torch.testing.assert_close(hidden.grad.double(), wide.grad, rtol=1e-2, atol=1e-6)
+
+
+def test_a_mask_over_a_whole_block_of_logits(device: torch.device) -> None:
+    """Where the first thousands of classes are masked, losses and gradients are those of the others."""
+    logits = random(1, 2, 9000).float().to(device)
+    logits[:, :4096] = -torch.inf
+    targets = torch.tensor([5000, 8999], device=device)
+    mine, theirs = logits.clone(), logits.clone()
+    own = losses.softmax_cross_entropy(mine, targets)
+    other = reference("softmax_cross_entropy")(theirs, targets)
+    torch.testing.assert_close(own, other)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_a_target_that_is_no_class_is_no_number(device: torch.device) -> None:
+    """Its loss cannot pass for one."""
+    targets = torch.tensor([-1, 7, 3], device=device)
+    found = losses.softmax_cross_entropy(torch.zeros(3, 7, device=device), targets)
+    assert found.isnan().tolist() == [True, True, False]
+
+
+def test_linear_cross_entropy_under_autocast(device: torch.device) -> None:
+    """Products are of autocast's type, and gradients come back in fp32."""
+    leaves = [random(seed, *shape).float().to(device).requires_grad_() for seed, shape in ((1, (6, 8)), (2, (9, 8)))]
+    targets = torch.tensor([0, 1, 2, 3, 4, 8], device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = losses.cross_entropy(*leaves, targets)
+    found.backward()
+    assert [leaf.grad.dtype for leaf in leaves if leaf.grad is not None] == [torch.float32] * 2
+    torch.testing.assert_close(found, F.cross_entropy(leaves[0] @ leaves[1].T, targets), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: norms.rms_norm(torch.ones(2, 8), torch.ones(7), 1e-5),
+        lambda: norms.layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(1), 1e-5),
+        lambda: rotary.rotary(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 8), torch.ones(4, 4), torch.ones(4, 4)),
+        lambda: rotary.rotary(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 8), torch.ones(4, 8), torch.ones(3, 8)),
+        lambda: rotary.rotary(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 5, 8), torch.ones(4, 8), torch.ones(4, 8)),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Any) -> None:
+    """What would be read beyond a tensor's end is an error before anything runs."""
+    with pytest.raises(ValueError, match=r"fit|differ|shapes"):
+        call()

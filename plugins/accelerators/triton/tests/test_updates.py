@@ -237,6 +237,8 @@ def test_no_tensors(device: torch.device) -> None:
     updates.adam(Operands([], []), **ADAM)
     empty = [torch.zeros(0, device=device)]
     updates.lion(Operands(empty, empty, empty), **LION)
+    nothing = updates.lamb_moments(Operands([], []), step=1, beta1=0.9, beta2=0.9, eps=0.0, weight_decay=0.0)
+    assert nothing.shape == (0, 2)
 
 
 @pytest.mark.parametrize(

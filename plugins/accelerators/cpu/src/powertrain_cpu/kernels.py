@@ -144,7 +144,7 @@ class CpuKernels:
         """Update the moments of LAMB; see ``powertrain.kernels.updates``."""
         numbers = (float(scale), beta1, beta2, eps, weight_decay, *corrections(step, beta1, beta2))
         found = self._module.lamb_moments(_group(operands, BOTH), *numbers, *self._where())
-        return torch.tensor(found).view(len(operands.params), 2)
+        return torch.tensor(found, dtype=torch.float32, device="cpu").view(len(operands.params), 2)
 
     def lamb_apply(
         self,
@@ -165,7 +165,7 @@ class CpuKernels:
 
     def sums_of_squares(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the sum of squares of each tensor; see ``powertrain.kernels.sums``."""
-        result = torch.zeros(len(tensors))
+        result = torch.zeros(len(tensors), dtype=torch.float32, device="cpu")
         for dtype in {tensor.dtype for tensor in tensors}:
             chosen = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
             if dtype not in UPDATED:
@@ -173,7 +173,7 @@ class CpuKernels:
                 continue
             addresses, counts = _addresses([tensors[index] for index in chosen]), [tensors[i].numel() for i in chosen]
             found = self._module.sums_of_squares(addresses, counts, FORMATS[dtype], *self._where())
-            result[chosen] = torch.tensor(found)
+            result[chosen] = torch.tensor(found, dtype=torch.float32, device="cpu")
         return result
 
     def combine(self, output: torch.Tensor, terms: Sequence[torch.Tensor], reduction: Reduction = "sum") -> None:

@@ -64,7 +64,11 @@ def cross_entropy(
         return torch.as_tensor(
             kernels.reference("cross_entropy")(hidden, weight, targets, ignore_index=ignore_index, chunk=chunk)
         )
-    return torch.as_tensor(_LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk))
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden, weight = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (hidden, weight))
+    with torch.autocast(kind, enabled=False):  # products and sums below are of the types that they are given
+        return torch.as_tensor(_LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

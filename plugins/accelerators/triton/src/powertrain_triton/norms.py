@@ -24,19 +24,22 @@ SHARE = 4
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Divide by the root mean square (Zhang and Sennrich, 2019)."""
-    if not _fits(x):
+    if not _fits(x, weight):
         return torch.as_tensor(kernels.reference("rms_norm")(x, weight, eps))
     return torch.as_tensor(_Norm.apply(x, weight, None, eps, False))
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Take off the mean and divide by the deviation (Ba, Kiros and Hinton, 2016)."""
-    if not _fits(x):
+    if not _fits(x, weight, bias):
         return torch.as_tensor(kernels.reference("layer_norm")(x, weight, bias, eps))
     return torch.as_tensor(_Norm.apply(x, weight, bias, eps, True))
 
 
-def _fits(x: torch.Tensor) -> bool:
+def _fits(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
+    for weight in weights:
+        if weight is not None and weight.shape != x.shape[-1:]:
+            raise ValueError(f"a weight of {tuple(weight.shape)} does not fit rows of {x.shape[-1]}")
     return x.dtype in UPDATED and 0 < x.shape[-1] <= WIDEST
 
 

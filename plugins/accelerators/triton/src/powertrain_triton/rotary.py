@@ -22,6 +22,13 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     if not fits or not q.numel() or not k.numel():
         first, second = kernels.reference("rotary")(q, k, cos, sin)
         return first, second
+    dim, length = q.shape[-1], q.shape[2]
+    if k.shape[-1] != dim or k.shape[2] != length or dim % 2:
+        raise ValueError(f"queries {tuple(q.shape)} and keys {tuple(k.shape)} differ in length or (even) dimension")
+    for angles in (cos, sin):
+        shapes = ((length, dim), (1, length, dim), (len(q), length, dim))
+        if tuple(angles.shape) not in shapes:
+            raise ValueError(f"angles {tuple(angles.shape)} are of one of the shapes {shapes}")
     turned_q, turned_k = _Rotary.apply(q, k, cos.detach(), sin.detach())
     return turned_q, turned_k
 

@@ -10,7 +10,7 @@ from powertrain import kernels
 from powertrain.kernels.sums import NARROW
 from powertrain.roles.communicator import Reduction
 from powertrain_triton.device import sums
-from powertrain_triton.table import BLOCK, FORMATS, UPDATED, Tables, ready
+from powertrain_triton.table import BLOCK, FORMATS, UPDATED, Tables, ready, there
 from powertrain_triton.updates import gathered
 
 MOST_TERMS = 64
@@ -38,7 +38,7 @@ class Kernels:
         for kind in kinds:
             chosen = [index for index, tensor in enumerate(tensors) if tensor.dtype == kind]
             found = self._of_one_kind([tensors[index] for index in chosen])
-            result.index_copy_(0, torch.tensor(chosen, device=result.device), found)
+            result.index_copy_(0, there(chosen, result.device), found)
         return result
 
     def _of_one_kind(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Kernels:
         wide = torch.float32 if narrow or whole else output.dtype
         with ready(output.device):
             sums.combine[(-(-output.numel() // BLOCK),)](
-                torch.tensor(places).to(output.device),
+                there(places, output.device),
                 output.numel(),
                 torch.full((), len(terms), dtype=wide, device=output.device),
                 DTYPE=FORMATS[output.dtype],

@@ -155,6 +155,11 @@ def number(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
+def there(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return integers as a tensor on the device, without waiting for it."""
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def ready(device: torch.device) -> AbstractContextManager[Any]:
     """Make ``device`` the one that Triton launches on, within a ``with`` block; refuse the host's memory."""
     if device.type == "cpu":

@@ -135,6 +135,8 @@ class Kernels:
         Returns:
             A tensor (parameters, 2) in fp32: each parameter's sum of squares, and that of its direction.
         """
+        if not operands.params:
+            return torch.zeros(0, 2, dtype=torch.float32)
         bias1, root_bias2 = corrections(step, beta1, beta2)
         table = self._lists(operands)
         formats = _formats(operands)

@@ -23,14 +23,16 @@ def softmax_cross_entropy(
     target = tl.load(targets + index)
     kept = target != ignored
     if kept:
-        chosen = widen(tl.load(row + target))
+        # A target that is none of the classes is read from nowhere: its loss is NaN.
+        chosen = widen(tl.load(row + target, mask=(target >= 0) & (target < WIDTH), other=float("nan")))
         most = float("-inf")
         mass = 0.0
         for start in range(0, WIDTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = widen(tl.load(row + column, mask=column < WIDTH, other=float("-inf")))
             new = tl.maximum(most, largest(x, 0))
-            mass = mass * tl.exp(most - new) + total(tl.exp(x - new), 0)
+            base = tl.where(new == float("-inf"), 0.0, new)  # of logits that are all masked so far nothing counts
+            mass = mass * tl.exp(most - base) + total(tl.exp(x - base), 0)
             most = new
         tl.store(losses + index, tl.log(mass) - (chosen - most))  # a common offset is gone before it can round
         if GRADIENT:
