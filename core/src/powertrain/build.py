@@ -267,6 +267,10 @@ def connect(
         raise CommunicatorMissing(
             f"{mesh.world_size} ranks were started, but no plugin connects them" + (f" by {name!r}" if name else ""),
             where="communicator.use" if name else f"variables set by {rank.launcher}",
+            remedy=f"leave the key out, for what suits the accelerator {accelerator.name!r}; correct it; or install "
+            "the plugin that has it (each one's README names its own)"
+            if name
+            else None,
         )
     communicator = cast("Communicator", found)
     for plugin in hooks.wrappers():

@@ -122,7 +122,7 @@ def _offer(server: socket.socket, module: ModuleType | None, rank: Rank) -> tupl
     heap, reason = None, ""
     try:
         if module is None:
-            raise RuntimeError("its C++ could not be built")
+            raise RuntimeError("its C++ is not there: see what it says of powertrain_shared_memory")
         if rank.local_size > module.MAX_RANKS:
             raise RuntimeError(f"{rank.local_size} ranks on one host are more than {module.MAX_RANKS}")
         heap = module.Heap(size=_memory(rank.local_size), lanes=lanes(rank.local_size))
