@@ -247,10 +247,17 @@ def test_schedule_free() -> None:
     saved = optimizer.state_dict()
     again = ScheduleFreeAdamW([nn.Parameter(value.clone()) for value in mine], **options)
     again.load_state_dict(saved)  # knows that it holds x
+    for param in again.param_groups[0]["params"]:
+        param.grad = torch.zeros_like(param)
+    with pytest.raises(OptimizerError, match="hold the average"):
+        again.step()
     again.train()
     same([param.detach() for param in again.param_groups[0]["params"]], y)
     optimizer.train()
     same(mine, y)
+    again.load_state_dict(optimizer.state_dict())  # and that it holds y
+    again.train()
+    same([param.detach() for param in again.param_groups[0]["params"]], y)
 
 
 def test_schedule_free_averages_are_better() -> None:

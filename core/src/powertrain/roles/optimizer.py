@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -151,6 +152,8 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
                     goes_along = value.shape == param.shape and value.is_floating_point() and key not in self.blocks
                     dtype = self.format_of(key, param) if goes_along else value.dtype
                     self.state[param][key] = value.to(param.device, dtype)
+                elif not isinstance(value, torch.Tensor):  # torch makes something else of a text
+                    self.state[param][key] = copy.deepcopy(value)
 
     @contextmanager
     def asked(self, request: Request) -> Iterator[None]:

@@ -45,6 +45,8 @@ class Adam(KernelOptimizer):
     def update(self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]) -> None:
         """Update ``params``; those with equal numbers of steps in one call."""
         refuse(group, "amsgrad", type(self).__name__)
+        if any("max_exp_avg_sq" in self.state[param] for param in params):
+            refuse({"amsgrad": True}, "amsgrad", type(self).__name__)  # the checkpoint's optimizer had it
         beta1, beta2 = group["betas"]
         for step, alike in self.counted(params).items():
             self.update_by(

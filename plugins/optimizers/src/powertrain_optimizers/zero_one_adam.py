@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from powertrain_optimizers.base import KernelOptimizer, decays, not_negative, widened
-from powertrain_optimizers.onebit_adam import all_past
 
 
 class ZeroOneAdam(KernelOptimizer):
@@ -22,7 +21,8 @@ class ZeroOneAdam(KernelOptimizer):
 
     In the paper ranks do not talk in local steps. Here the wrapper averages gradients in each step, so that all ranks
     hold the same parameters, which may be sharded: the schedules are the paper's, the bytes that travel are not fewer
-    by them. ``reducer`` says when gradients may travel as one bit, as with ``OneBitAdam``.
+    by them. ``reducer`` lets gradients travel as one bit in every step but those that renew the
+    second moment.
 
     Args:
         params: tensors or groups.
@@ -74,8 +74,18 @@ class ZeroOneAdam(KernelOptimizer):
 
     @property
     def reducer(self) -> str | None:
-        """Return "onebit" once every parameter's second moment is frozen."""
-        return "onebit" if all_past(self, "var_freeze_step") else None
+        """Return "onebit" where the next step renews no parameter's second moment: only that takes exact gradients."""
+        coming = [
+            (int(self.state[param]["step"]) + 1, group)
+            for group in self.param_groups
+            for param in group["params"]
+            if self.state.get(param)
+        ]
+        renewed = any(
+            step <= group["var_freeze_step"] and renews_variance(step, group["var_update_scaler"])
+            for step, group in coming
+        )
+        return "onebit" if coming and not renewed else None
 
     def update(self, group: dict[str, Any], params: Sequence[torch.nn.Parameter]) -> None:
         """Update ``params`` one after the other."""
