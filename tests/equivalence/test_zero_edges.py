@@ -391,3 +391,27 @@ def test_a_writing_block_does_not_wait_for_a_lost_rank(ranks: Any) -> None:
     """When communication has failed, or a person interrupts, the block's end only frees."""
     for labels in ranks(2, lost):
         assert labels
+
+
+def norm_of_narrow_gradients(listened: bool) -> tuple[float | None, int]:
+    """Reduce gradients of 2000 each in fp16, whose norm is 128,000; return what is told of it, and the steps."""
+    model = nn.Linear(64, 64, bias=False)
+    config = {
+        "zero": {"stage": 1},
+        "precision": {"reduce": "fp16"},
+        "optimizers": {},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+    }
+    with powertrain.initialize(model, config, loss_fn=lambda out, _: (out * 2000).sum()) as engine:
+        if listened:
+            engine.optimizer_wrapper.optimizer.register_step_post_hook(lambda *_: None)
+        engine.train_step((torch.ones(1, 64), torch.zeros(1)))
+        return engine.grad_norm, engine.global_step - engine.skipped_steps
+
+
+@pytest.mark.parametrize("listened", [False, True])
+def test_the_norm_of_narrow_gradients_is_wide(ranks: Any, listened: bool) -> None:
+    """Gradients that fit 16 bits have a norm that does not, and the step is applied."""
+    for norm, steps in ranks(2, norm_of_narrow_gradients, listened):
+        assert norm == pytest.approx(128_000.0, rel=1e-3)
+        assert steps == 1

@@ -143,10 +143,11 @@ class Updater:
     ) -> None:
         """Let the optimizer update everything, and publish; at the end wait for that, and for ``handles``."""
         listened = has_step_hooks(self._optimizer)  # who listens hears of one step, and sees what it uses
-        if listened:
+        if listened:  # in the master's format, which has room for what is scaled; _put_back takes the copy away
+            copies = {m: grad.to(m.dtype).mul_(self._scale) for m, grad in grads.items() if grad.dtype != m.dtype}
             self.show()
-            for master, grad in grads.items():  # in the master's format; _put_back takes the copy away
-                master.grad = grad if grad.dtype == master.dtype else grad.to(master.dtype)
+            for master, grad in grads.items():
+                master.grad = copies.get(master, grad)
         by_unit = self._by_unit and not listened
         with self._asked(grads):
             if not by_unit:
@@ -235,6 +236,8 @@ class Updater:
 
     def _norm(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Handle]:
         """Start the global norm: its square over several shards, itself with one."""
+        if any(grad.dtype.itemsize < 4 for grad in grads):  # a norm in 16 bits rounds, or is beyond their range
+            grads = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         norm = torch.nn.utils.get_total_norm(grads)
         if self._groups.shards == 1:
             return norm, Done()
