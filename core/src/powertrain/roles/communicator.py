@@ -114,6 +114,11 @@ class Handles:
     def __init__(self, parts: Iterable[Handle]) -> None:
         self.parts = list(parts)
 
+    @property
+    def silent(self) -> bool:
+        """Whether ``done`` stays false, although all is over, until somebody waits."""
+        return any(getattr(part, "silent", False) for part in self.parts)
+
     def wait(self) -> None:
         """Wait for every part."""
         for part in self.parts:
@@ -188,6 +193,10 @@ class Communicator(ABC):
     def state(self) -> dict[str, torch.Tensor]:
         """Return what this rank must keep to go on as if nothing had happened (errors of compression), by name."""
         return {}
+
+    def wants(self, name: str) -> bool:
+        """Return whether ``load_state`` has a use for the entry ``name`` of an earlier run's state."""
+        return False
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from ``state``; of another number of ranks it is the mean of theirs. What is unknown is let go."""
@@ -374,6 +383,10 @@ class WrappedCommunicator(Communicator):
     def state(self) -> dict[str, torch.Tensor]:
         """Return the wrapped communicator's state."""
         return self.inner.state()
+
+    def wants(self, name: str) -> bool:
+        """Return what the wrapped communicator wants."""
+        return self.inner.wants(name)
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Let the wrapped communicator continue."""

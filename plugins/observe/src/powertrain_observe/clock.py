@@ -32,6 +32,11 @@ class HostTimed:
         self._sums: Sums | None = sums
         self._started = started
 
+    @property
+    def silent(self) -> bool:
+        """Whether only waiting tells that it is over."""
+        return bool(getattr(self._inner, "silent", False))
+
     def wait(self) -> None:
         """Wait, and add up the time of the collective and of the waiting."""
         sums = self._sums
@@ -103,6 +108,11 @@ class DeviceTimed:
         self._sums: Sums | None = sums
         self._clock = clock
         self._issued = issued
+
+    @property
+    def silent(self) -> bool:
+        """Whether only waiting tells that it is over."""
+        return bool(getattr(self._inner, "silent", False))
 
     def wait(self) -> None:
         """Let the device wait, between two events."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from powertrain.roles.communicator import Collective, Handle, Handles
+from powertrain.roles.communicator import Collective, Handle
 from powertrain_comm.watchdog.sites import Site, SiteFinder, show
 
 KEPT = 256
@@ -110,8 +110,6 @@ class Record:
 
 def is_silent(handle: Handle) -> bool:
     """Return whether ``handle.done()`` stays false, although all is over, until somebody waits."""
-    if isinstance(handle, Handles):
-        return any(is_silent(part) for part in handle.parts)
     return bool(getattr(handle, "silent", False))
 
 
