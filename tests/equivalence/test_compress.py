@@ -64,10 +64,10 @@ def test_compressed_runs_learn_as_exact_ones_do(ranks: Any, stage: int) -> None:
     assert min(falls.values()) > 0.9, falls
 
 
-@pytest.mark.parametrize("name", ["onebit_adam", "onebit_lamb"])
-def test_the_optimizer_says_when(ranks: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "stage"), [("onebit_adam", 0), ("onebit_adam", 2), ("onebit_lamb", 0)])
+def test_the_optimizer_says_when(ranks: Any, name: str, stage: int) -> None:
     """Exact until its second moment is frozen, one bit afterwards."""
-    config = config_of(0, "optimizer")
+    config = config_of(stage, "optimizer")
     config["optimizers"] = {}
     config["optimizer"] = {"name": name, "lr": 1e-3, "freeze_step": 5}
     assert not ranks(2, run, config, 5)[0]["owed"]

@@ -171,9 +171,8 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
         # Copies first: the wrapper's own read is the last thing that may fail.
         buffers = [(f"model/{name}", buffer, torch.empty_like(buffer)) for name, buffer in _buffers(module)]
         generators = _generators(context, reader)
+        fill(reader, [(name, copy) for name, _, copy in buffers] + list(generators.items()))
         connected = _connections(context, reader)
-        live = [(name, copy) for copies in connected.values() for name, copy in copies]
-        fill(reader, [(name, copy) for name, _, copy in buffers] + list(generators.items()) + live)
         loaded = engine.optimizer_wrapper.load(reader)
     except BaseException:
         if sampler is not None:
@@ -191,8 +190,7 @@ def restore(engine: Engine, reader: CheckpointReader) -> LoadReport:
             if "lr" in saved and not context.config.is_stated("optimizer.lr"):
                 group["lr"] = saved["lr"]
     _restore_random(context, reader, generators, engine.global_step)
-    state = {name: torch.stack([copy for _, copy in copies]).mean(0) for name, copies in connected.items()}
-    context.communicator.load_state(state)
+    context.communicator.load_state(connected)
     engine.client_state = dict(values["client"])
     trainable = [name for name, param in named_parameters(module) if param.requires_grad]
     with_state = {name.split("/", 1)[1].rpartition("/")[0] for name in loaded if name.startswith("optimizer/")}
@@ -264,23 +262,30 @@ def _generators(context: Context, reader: CheckpointReader) -> dict[str, torch.T
     }
 
 
-def _connections(context: Context, reader: CheckpointReader) -> dict[str, list[tuple[str, torch.Tensor]]]:
-    """Return an empty tensor for each part of the communicator's state that this rank goes on from, by name.
+def _connections(context: Context, reader: CheckpointReader) -> dict[str, torch.Tensor]:
+    """Return what the communicator wants of the state that it left in the checkpoint, by name.
 
-    Its own part; where the ranks were of another number, every rank's, if they are of one shape: what each then
-    goes on from is their mean, so that the mean over the ranks is what it was.
+    That of this rank; where the ranks were of another number, the mean of every rank's, if they are of one shape,
+    so that the mean over the ranks is what it was. One tensor of another rank is here at a time.
     """
     saved = int(reader.values["world_size"])
     own = range(saved) if saved != context.mesh.world_size else [context.rank.index]
-    found: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    for full, info in reader.tensors.items():
-        if not full.startswith(_OWN):
-            continue
+    found: dict[str, list[str]] = {}
+    for full in reader.tensors:
         rank, _, name = full.removeprefix(_OWN).partition("/")
-        if int(rank) in own:
-            found.setdefault(name, []).append((full, torch.empty(info.shape, dtype=info.dtype)))
-    alike = {name for name, copies in found.items() if len({copy.shape for _, copy in copies}) == 1}
-    return {name: copies for name, copies in found.items() if name in alike and len(copies) == len(own)}
+        if full.startswith(_OWN) and int(rank) in own and context.communicator.wants(name):
+            found.setdefault(name, []).append(full)
+    result: dict[str, torch.Tensor] = {}
+    for name, places in found.items():
+        infos = [reader.tensors[full] for full in places]
+        if len(places) < len(own) or any(info.shape != infos[0].shape for info in infos):
+            continue
+        for full in places:
+            copy = torch.empty(infos[0].shape, dtype=infos[0].dtype)
+            fill(reader, [(full, copy)])
+            result[name] = result[name].add_(copy) if name in result else copy
+        result[name].div_(len(places))
+    return result
 
 
 def _restore_random(context: Context, reader: CheckpointReader, generators: dict[str, torch.Tensor], step: int) -> None:

@@ -12,10 +12,12 @@ import torch
 from powertrain.errors import OptimizerError
 from powertrain.kernels.blockwise import Blockwise
 from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
+from powertrain.roles.optimizer import FlatOptimizer
 from powertrain.testing.loopback import LoopbackWorld
 from powertrain.testing.null import NullHost
 from powertrain_comm.compress import choice, codecs
 from powertrain_comm.compress.communicator import CompressedCommunicator
+from powertrain_comm.compress.feedback import Feedback
 from powertrain_comm.config import Compress
 
 CODECS = {
@@ -307,6 +309,86 @@ def test_other_numbers_of_ranks_owe_the_mean() -> None:
     mean = torch.stack([state[name] for state in states]).mean(0)
     for found in LoopbackWorld(3).run(go_on, {name: mean}):
         torch.testing.assert_close(found, mean.view(-1)[:300], rtol=0, atol=1e-6)
+
+
+def test_only_what_fits_is_wanted() -> None:
+    """Of an earlier run's state: all data ranks' own order of elements, and pieces for as many ranks as there are."""
+
+    def wanted(communicator: Communicator) -> list[bool]:
+        names = ["compress/whole/data/g", "compress/sent/2/data/g", "compress/sent/4/data/g", "compress/sent/2/none/g"]
+        comm = compressed(communicator, method="onebit")
+        return [comm.wants(name) for name in [*names, "compress/served/2/data/g", "other/whole/data/g"]]
+
+    assert LoopbackWorld(2).run(wanted) == [[True, True, False, False, True, False]] * 2
+
+
+def test_what_is_not_asked_for_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    """What was loaded under names that a whole step did not use is not kept, nor saved again; what was used is."""
+    caplog.set_level("INFO")
+    memory = Feedback(True)
+    memory.load_state({"used": torch.ones(1, 32), "left": torch.ones(1, 32)})
+    memory.begin(1.0, 0, asked=True)  # a run that goes on within one process
+    assert set(memory.state()) == {"used", "left"}
+    memory.encode("used", torch.ones(1, 32), CODECS["onebit"])
+    memory.begin(1.0, 0, asked=True)
+    assert set(memory.state()) == {"used"}
+    assert "lets go what it owed to left" in caplog.text
+
+
+def test_debts_follow_the_loss_scale() -> None:
+    """They are in units of the scale, and a step that was not applied leaves none."""
+    memory = Feedback(True)
+    memory.begin(1024.0, 0, asked=False)
+    memory.encode("g", gradient(0, 64).view(1, 64), CODECS["topk"])
+    before = memory.state()["g"].clone()
+    memory.begin(256.0, 0, asked=True)
+    assert torch.equal(memory.state()["g"], before / 4)
+    memory.begin(128.0, 1, asked=True)
+    assert not memory.state()
+
+
+def test_ranks_agree_on_what_their_optimizers_wish() -> None:
+    """All compress only where every rank that has state would; a rank without any goes along."""
+
+    class Wishing(FlatOptimizer):
+        wish: str | None = None
+
+        def __init__(self, wish: str | None, state: bool) -> None:
+            super().__init__([torch.nn.Parameter(torch.zeros(1))], {})
+            self.wish = wish
+            if state:
+                self.state[self.param_groups[0]["params"][0]]["step"] = 1
+
+        @property
+        def reducer(self) -> str | None:
+            return self.wish
+
+        def update(self, group: dict[str, Any], params: Any) -> None: ...
+
+    def agreed(communicator: Communicator, cases: list[tuple[str | None, bool]]) -> str | None:
+        return choice.agreed(Wishing(*cases[communicator.rank]), communicator)
+
+    def outcome(*cases: tuple[str | None, bool]) -> str | None:
+        found = LoopbackWorld(len(cases)).run(agreed, list(cases))
+        assert len(set(found)) == 1
+        return found[0]
+
+    assert outcome(("onebit", True), ("onebit", True)) == "onebit"
+    assert outcome(("onebit", True), (None, False)) == "onebit"
+    assert outcome(("onebit", True), (None, True)) is None
+    assert outcome((None, False), (None, False)) is None
+
+
+def test_short_pieces_of_long_messages_are_compressed() -> None:
+    """``least`` is a message's length, on however many ranks its pieces lie."""
+
+    def sent(communicator: Communicator) -> int:
+        comm = compressed(communicator, method="int8", least=100)
+        for numel in (128, 64):
+            comm.reduce_scatter(torch.empty(numel // 2), torch.ones(numel), lossy=numel // 2, label="g").wait()
+        return comm.compressed
+
+    assert LoopbackWorld(2).run(sent) == [1, 1]
 
 
 # --- settings -------------------------------------------------------------------------------------

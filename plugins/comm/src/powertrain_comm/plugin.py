@@ -83,7 +83,9 @@ class CommPlugin(Plugin[CommConfig]):
 
     @hookimpl
     def on_engine_ready(self, engine: Engine) -> None:
-        """Refuse to follow an optimizer that asks for nothing."""
+        """Refuse to follow an optimizer that asks for nothing, and a dimension that there is not."""
+        if self._compressed is not None and self.config.compress.dimension is not None:
+            self._compressed.size(self.config.compress.dimension)
         if self.config.compress.method == "optimizer":
             from powertrain_comm.compress.choice import check
 
@@ -93,6 +95,6 @@ class CommPlugin(Plugin[CommConfig]):
     def on_step_start(self, engine: Engine) -> None:
         """Let gradients of this step travel as the configuration or the optimizer says."""
         if self._compressed is not None:
-            from powertrain_comm.compress.choice import method_of
+            from powertrain_comm.compress.choice import begin
 
-            self._compressed.use(method_of(self.config.compress, engine))
+            begin(self._compressed, self.config.compress, engine)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from powertrain.errors import LaunchError
 from powertrain.kernels.blockwise import FLOATS
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.communicator import Collective, Communicator, Handle, Handles, WrappedCommunicator
 from powertrain_comm.compress.codecs import Codec, codec_of
-from powertrain_comm.compress.feedback import Feedback
+from powertrain_comm.compress.feedback import WHOLE, Feedback
 from powertrain_comm.compress.reductions import Reduced, Scattered
 from powertrain_comm.config import Compress
 
@@ -34,6 +35,7 @@ class CompressedCommunicator(WrappedCommunicator):
     Attributes:
         codec: turns elements into bytes; set while something is compressed.
         feedback: what was rounded away.
+        compressed: collectives so far.
     """
 
     def __init__(self, inner: Communicator, table: Compress, accelerator: Accelerator) -> None:
@@ -44,6 +46,7 @@ class CompressedCommunicator(WrappedCommunicator):
         self._first_hop: deque[Reduced] = deque()
         self._seconds: dict[str, str] = {}
         self._method: str | None = None
+        self.compressed = 0
         self._codecs: dict[str, Codec] = {}
         if table.method != "optimizer" and not table.after:
             self.use(table.method)
@@ -55,6 +58,11 @@ class CompressedCommunicator(WrappedCommunicator):
         self._method = method
 
     @property
+    def method(self) -> str | None:
+        """The method in use; None while all is exact."""
+        return self._method
+
+    @property
     def codec(self) -> Codec:
         """The codec in use."""
         assert self._method is not None
@@ -64,6 +72,7 @@ class CompressedCommunicator(WrappedCommunicator):
         """Start one collective, compressed if it may be."""
         if not self._compresses(collective):
             return self.inner.issue(collective)
+        self.compressed += 1
         if collective.operation == "reduce_scatter":
             return Scattered(self, collective)
         while len(self._first_hop) >= DEPTH:
@@ -80,13 +89,16 @@ class CompressedCommunicator(WrappedCommunicator):
 
     def _compresses(self, collective: Collective) -> bool:
         given, table = collective.input, self._table
-        if self._method is None or given is None or collective.lossy < table.least:
+        if self._method is None or given is None or not collective.lossy:
             return False
         if table.dimension is not None and collective.dimension != table.dimension:
             return False
         if given.dtype not in FLOATS or collective.reduction not in ("sum", "mean"):
             return False
         count = self.size(collective.dimension)
+        pieces = count if collective.operation == "reduce_scatter" else 1
+        if collective.lossy * pieces < table.least:
+            return False
         # Of a piece, all or nothing: nobody who scatters puts anything exact behind gradients.
         whole = collective.operation == "all_reduce" or collective.lossy * count == given.numel()
         return count > 1 and whole
@@ -108,6 +120,19 @@ class CompressedCommunicator(WrappedCommunicator):
     def state(self) -> dict[str, torch.Tensor]:
         """Return what this rank's compression still owes."""
         return {**self.inner.state(), **{f"compress/{k}": v for k, v in self.feedback.state().items()}}
+
+    def wants(self, name: str) -> bool:
+        """Return whether what is owed under a name can be paid back by as many ranks as there are."""
+        owner, _, debt = name.partition("/")
+        if owner != "compress":
+            return self.inner.wants(name)
+        kind, *rest = debt.split("/")
+        if kind == WHOLE.rstrip("/"):
+            return True
+        try:
+            return len(rest) > 1 and int(rest[0]) == self.size(rest[1])
+        except (ValueError, LaunchError):  # this run has no such dimension
+            return False
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Owe what ``state`` says."""

@@ -20,6 +20,10 @@ WHOLE = "whole/"
 """How names begin whose elements lie in one order on any number of ranks."""
 
 
+WHOLES = ("data", "world")
+"""Dimensions along which they do."""
+
+
 class Feedback:
     """Errors by name, in fp32.
 
@@ -31,6 +35,9 @@ class Feedback:
         self._on = on
         self._errors: dict[str, torch.Tensor] = {}
         self._saved: dict[str, torch.Tensor] = {}
+        self._scale: float | None = None
+        self._skipped: int | None = None
+        self._fresh = False
 
     @torch.no_grad()
     def encode(self, name: str, elements: torch.Tensor, codec: Codec) -> torch.Tensor:
@@ -72,3 +79,33 @@ class Feedback:
         """Owe what ``state`` says, and nothing else."""
         self._errors.clear()
         self._saved = dict(state)
+        self._scale = self._skipped = None
+        self._fresh = True
+
+    def begin(self, scale: float, skipped: int, *, asked: bool) -> None:
+        """Take note of a step that begins: errors are in units of the loss scale.
+
+        Args:
+            scale: by which gradients are multiplied from now on.
+            skipped: steps that were not applied so far. What such a step owes is let go: its gradients were no
+                numbers, or belonged to ones that were.
+            asked: the step before sent what it had compressed: what was loaded and not asked for never will be.
+        """
+        if asked and not self._fresh:
+            self._forget_unasked()
+        self._fresh = False
+        if self._skipped is not None and skipped > self._skipped:
+            self._errors.clear()
+            self._saved.clear()
+        if self._scale is not None and scale != self._scale:
+            for error in (*self._errors.values(), *self._saved.values()):
+                error.mul_(scale / self._scale)
+        self._scale, self._skipped = scale, skipped
+
+    def _forget_unasked(self) -> None:
+        if self._saved:
+            _log.info(
+                "compression lets go what it owed to %s: this run sends nothing under these names",
+                ", ".join(sorted(self._saved)[:3]) + (" and others" if len(self._saved) > 3 else ""),
+            )
+            self._saved.clear()

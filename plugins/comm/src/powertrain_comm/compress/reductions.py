@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from powertrain.roles.communicator import Collective, Handle
-from powertrain_comm.compress.feedback import WHOLE
+from powertrain_comm.compress.feedback import WHOLE, WHOLES
 
 if TYPE_CHECKING:
     from powertrain_comm.compress.communicator import CompressedCommunicator
@@ -98,7 +98,7 @@ class Reduced:
             reduction=collective.reduction,
             label=collective.label,
         )
-        self._first: Scattered | None = Scattered(owner, hop, f"{WHOLE}{collective.dimension}/{collective.label}")
+        self._first: Scattered | None = Scattered(owner, hop, self._name(ranks))
         self._exact: Handle | None = None
         if lossy < flat.numel():
             rest = output[lossy:]
@@ -110,6 +110,11 @@ class Reduced:
         self._second: Handle | None = None
         self._mine: torch.Tensor | None = None
         self._all = torch.empty(0)
+
+    def _name(self, ranks: int) -> str:
+        """Return the name of what the first hop owes: only all data ranks together have one order of elements."""
+        dimension, label = self._collective.dimension, self._collective.label
+        return f"{WHOLE}{dimension}/{label}" if dimension in WHOLES else f"sent/{ranks}/{dimension}/{label}"
 
     @torch.no_grad()
     def second_hop(self) -> None:
