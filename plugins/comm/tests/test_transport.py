@@ -321,3 +321,20 @@ def test_reference_reduction_is_right():
     for name, expected in {"sum": [4, 6], "mean": [2, 3], "max": [3, 4], "min": [1, 2]}.items():
         assert reference(tensors, name).tolist() == expected
     assert math.isclose(values(1, 9, torch.float32).sum().item(), 31.0)
+
+
+def cut_whole():
+    """Cut a dimension into one group; return whether it has a connection of its own, its table, and a sum over it."""
+    comm = connect()
+    try:
+        (within, across) = comm.split("data", comm.size("data"))
+        whole, own = comm._groups["data"], comm._groups[within]
+        comm.all_reduce(total := torch.ones(3), within).wait()
+        return own.handle is not whole.handle, own.table is whole.table, total.tolist(), comm._groups[across]
+    finally:
+        comm.close()
+
+
+def test_a_group_of_all_has_a_connection_of_its_own(ranks):
+    """Second hops of compressed reductions travel there, in another order than what goes along the dimension."""
+    assert ranks(2, cut_whole) == [(True, True, [2.0] * 3, None)] * 2

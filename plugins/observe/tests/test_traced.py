@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from powertrain.testing.communicator import CommunicatorContract
 from powertrain.testing.loopback import LoopbackWorld
 from powertrain.testing.null import NullCommunicator
 from powertrain_observe import comm_table
-from powertrain_observe.clock import DeviceClock, DeviceTimed
+from powertrain_observe.clock import DeviceClock, DeviceTimed, HostTimed
 from powertrain_observe.config import ObserveConfig
 from powertrain_observe.plugin import ObservePlugin
 from powertrain_observe.traced import ROWS, Row, TracedCommunicator
@@ -280,3 +281,11 @@ def test_the_plugin_imports_no_torch():
     """Importing the entry point's module loads no torch."""
     code = "import sys, powertrain_observe.plugin; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_timed_handle_is_as_silent_as_what_it_times(silent: bool) -> None:
+    """A watchdog must know that only waiting tells, behind the tracer too."""
+    inner = SimpleNamespace(silent=silent)
+    assert HostTimed(inner, Row(), 0.0).silent is silent  # type: ignore[arg-type]
+    assert DeviceTimed(inner, Row(), None, None).silent is silent  # type: ignore[arg-type]

@@ -187,14 +187,20 @@ class TorchCommunicator(Communicator):
         names = self.mesh.split(dimension, size)
         whole = self._group(dimension)
         fresh = [name for name in names if name not in self._groups]
+        unmeasured = []
         for name in fresh:
             try:
-                self._groups[name] = self._connect(name, whole)
+                # A connection of its own even among all the ranks: who asks for one may wait in an order of its own.
+                group = self._groups[name] = self._connect(name, None)
             except RuntimeError as error:
                 raise explain(
                     error, Collective(operation="barrier", dimension=name, label="split"), self.rank
                 ) from error
-        self._choose(fresh)
+            if group is not None and whole is not None and group.ranks == whole.ranks:
+                group.table = whole.table
+            else:
+                unmeasured.append(name)
+        self._choose(unmeasured)
         return names
 
     def issue(self, collective: Collective) -> Handle:
