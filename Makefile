@@ -2,7 +2,7 @@
 PYTHON ?= python3
 NPROC ?= 2
 ARGS ?=
-JOBS ?= 3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -23,8 +23,7 @@ $(READY): $(MANIFESTS)
 train: $(READY)
 	@$(BIN)/powertrain launch --nproc $(NPROC) examples/gpt/train.py $(ARGS)
 
-# The kernels are built first: a test that waits for a compiler among others could run out of time. One job more than
-# two cores: tests of timeouts and deaths mostly wait.
+# The kernels are built first: a test that waits for a compiler among others could run out of time.
 test: $(READY)
 	@$(BIN)/powertrain kernels build || echo "Without kernels: their references are tested."
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
