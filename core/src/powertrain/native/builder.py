@@ -115,9 +115,9 @@ def build(
 
 def _build(source: Source, key: str, tools: Toolchain, root: Path, progress: Progress | None, alone: bool) -> Built:
     prefix = f".building-{source.name}-{key}-"
-    for left in root.glob(f"{prefix}*"):  # of a process that was killed, if the lock is ours, or it is very old
-        if alone or time.time() - left.stat().st_mtime > build_limit():
-            shutil.rmtree(left, ignore_errors=True)
+    # What a killed process left: the lock is ours now. Without locks it may be another's that is at work.
+    for left in root.glob(f"{prefix}*") if alone else ():
+        shutil.rmtree(left, ignore_errors=True)
     _log.info("building %s with %s (once on this machine)", source.name, tools.version)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
     try:
