@@ -90,6 +90,24 @@ def dequantize(
             torch.mul(integers, factors, out=place)
 
 
+def blocks_of(elements: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, *, bits: int, block: int) -> int:
+    """Return the number of blocks, for kernels that would read and write beyond the ends of what does not fit.
+
+    Raises:
+        ValueError: there is no such format, or the bytes or scales are not as many as the elements need.
+    """
+    if bits not in (8, 4) or block < 8 or block % 8:
+        raise ValueError(f"there is no quantization to {bits} bits in blocks of {block}")
+    numel = elements.numel()
+    fits = (numel % block, data.numel(), scales.numel()) == (0, numel * bits // 8, numel // block)
+    if not fits or data.dtype != torch.uint8 or scales.dtype != torch.float32:
+        raise ValueError(
+            f"{numel} elements in blocks of {block} do not fit {data.numel()} bytes of {data.dtype} "
+            f"and {scales.numel()} scales of {scales.dtype}"
+        )
+    return numel // block
+
+
 @attrs.frozen
 class Blockwise:
     """Turns rows of elements into rows of bytes and back: the elements of a row, then its scales.

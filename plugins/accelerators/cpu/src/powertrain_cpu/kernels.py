@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from powertrain import kernels
+from powertrain.kernels.blockwise import blocks_of
 from powertrain.kernels.updates import Operands, corrections
 from powertrain.roles.communicator import Reduction
 from powertrain_cpu.source import KERNELS
@@ -198,7 +199,7 @@ class CpuKernels:
             kernels.reference("quantize")(values, data, scales, bits=bits, block=block)
             return
         source, target, factors = _addresses([values, data, scales])
-        blocks = _blocks(values, data, scales, bits, block)
+        blocks = blocks_of(values, data, scales, bits=bits, block=block)
         self._module.quantize(source, FORMATS[values.dtype], target, factors, bits, block, blocks, *self._where())
 
     def dequantize(
@@ -209,7 +210,7 @@ class CpuKernels:
             kernels.reference("dequantize")(data, scales, out, bits=bits, block=block, add=add)
             return
         source, factors, target = _addresses([data, scales, out])
-        blocks = _blocks(out, data, scales, bits, block)
+        blocks = blocks_of(out, data, scales, bits=bits, block=block)
         self._module.dequantize(source, factors, target, FORMATS[out.dtype], bits, block, blocks, add, *self._where())
 
 
@@ -220,20 +221,6 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
         if not tensor.is_contiguous():
             raise ValueError(f"a kernel takes contiguous tensors, not one with strides {tuple(tensor.stride())}")
     return [tensor.data_ptr() for tensor in tensors]
-
-
-def _blocks(elements: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, bits: int, block: int) -> int:
-    """Return the number of blocks; what does not fit would be written beyond the tensors' ends."""
-    if bits not in (8, 4) or block < 8 or block % 8:
-        raise ValueError(f"there is no quantization to {bits} bits in blocks of {block}")
-    numel = elements.numel()
-    fits = (numel % block, data.numel(), scales.numel()) == (0, numel * bits // 8, numel // block)
-    if not fits or data.dtype != torch.uint8 or scales.dtype != torch.float32:
-        raise ValueError(
-            f"{numel} elements in blocks of {block} do not fit {data.numel()} bytes of {data.dtype} "
-            f"and {scales.numel()} scales of {scales.dtype}"
-        )
-    return numel // block
 
 
 def _same(what: str, tensors: Sequence[torch.Tensor]) -> None:

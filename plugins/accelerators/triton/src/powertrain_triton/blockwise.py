@@ -6,6 +6,7 @@ import torch
 import triton
 
 from powertrain import kernels
+from powertrain.kernels.blockwise import blocks_of
 from powertrain_triton.device import blockwise
 from powertrain_triton.table import FORMATS, UPDATED, ready
 
@@ -21,8 +22,9 @@ def quantize(values: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, *, 
     if values.dtype not in UPDATED or block > LONGEST:
         kernels.reference("quantize")(values, data, scales, bits=bits, block=block)
         return
-    _check(values, data, scales, bits, block)
-    blocks, half, rows = _tiles(values.numel(), block)
+    _together(values, data, scales)
+    blocks = blocks_of(values, data, scales, bits=bits, block=block)
+    half, rows = _tiles(block)
     top = 127.0 if bits == 8 else 7.0
     limit = torch.finfo(torch.float32).max / top * (1 - 2**-22)
     if blocks:
@@ -40,8 +42,9 @@ def dequantize(
     if out.dtype not in UPDATED or block > LONGEST:
         kernels.reference("dequantize")(data, scales, out, bits=bits, block=block, add=add)
         return
-    _check(out, data, scales, bits, block)
-    blocks, half, rows = _tiles(out.numel(), block)
+    _together(out, data, scales)
+    blocks = blocks_of(out, data, scales, bits=bits, block=block)
+    half, rows = _tiles(block)
     if blocks:
         with ready(out.device):
             blockwise.dequantize[(-(-blocks // rows),)](
@@ -50,23 +53,13 @@ def dequantize(
             )  # fmt: skip
 
 
-def _tiles(numel: int, block: int) -> tuple[int, int, int]:
-    """Return the number of blocks, half a block's length as a power of two, and the blocks of one program."""
+def _tiles(block: int) -> tuple[int, int]:
+    """Return half a block's length as a power of two, and the blocks of one program."""
     half = triton.next_power_of_2(block // 2)
-    return numel // block, half, max(1, TILE // (2 * half))
+    return half, max(1, TILE // (2 * half))
 
 
-def _check(elements: torch.Tensor, data: torch.Tensor, scales: torch.Tensor, bits: int, block: int) -> None:
-    """Refuse what would be read or written beyond the tensors' ends."""
-    for tensor in (data, scales):
-        if tensor.device != elements.device or not tensor.is_contiguous() or not elements.is_contiguous():
+def _together(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        if tensor.device != tensors[0].device or not tensor.is_contiguous():
             raise ValueError("a kernel takes contiguous tensors of one device")
-    if bits not in (8, 4) or block < 8 or block % 8:
-        raise ValueError(f"there is no quantization to {bits} bits in blocks of {block}")
-    numel = elements.numel()
-    fits = (numel % block, data.numel(), scales.numel()) == (0, numel * bits // 8, numel // block)
-    if not fits or data.dtype != torch.uint8 or scales.dtype != torch.float32:
-        raise ValueError(
-            f"{numel} elements in blocks of {block} do not fit {data.numel()} bytes of {data.dtype} "
-            f"and {scales.numel()} scales of {scales.dtype}"
-        )

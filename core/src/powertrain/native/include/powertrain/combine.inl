@@ -18,7 +18,6 @@ static inline T smaller(T a, T b) {
     return a != a ? a : (b != b ? b : (a < b ? a : b));
 }
 
-// Types that are added as they are. `to` may be one of the terms: each element is read before it is written.
 // Bytes by which reading is announced: the processor's own foresight ends with each page, and with many arrays.
 static constexpr int64_t kAnnounced = 2048;
 
@@ -28,6 +27,7 @@ static inline void announce(const void* place) {
 #endif
 }
 
+// Types that are added as they are. `to` may be one of the terms: each element is read before it is written.
 template <class T>
 static void combine_plain(T* to, const T* const* terms, int count, int64_t begin, int64_t end, int reduction) {
     for (int64_t start = begin; start < end; start += kBlock) {
