@@ -116,9 +116,10 @@ class Machine {
     }
 
   private:
-    // Bytes of a rank's staging area in one lane: more than its own cache holds, so that what others read has mostly gone
-    // on to the cache that all share; another core's changed lines cost more than memory's own.
-    static const int64_t kStaging = 4 << 20;
+    // Bytes of a rank's staging area in one lane at the most: more than its own cache holds, so that what others read has
+    // mostly gone on to the cache that all share; another core's changed lines cost more than memory's own.
+    static constexpr int64_t kStaging = 4 << 20;
+    static constexpr int64_t kPiece = 512 << 10;  // bytes of a piece at the most; measured
     static const int64_t kNear = 8 << 10;       // bytes that stay in the nearest cache
     static const int64_t kPastCache = 1 << 20;  // bytes from which a result is written past the cache
 
@@ -220,7 +221,7 @@ class Machine {
         }
     }
 
-    int64_t piece(const Collective& c) const { return kStaging / 2 / c.group->size() / 64 * 64; }
+    int64_t piece(const Collective& c) const { return std::min(kPiece, kStaging / 2 / c.group->size() / 64 * 64); }
 
     int64_t pieces(const Collective& c, int64_t bytes) const { return (bytes + piece(c) - 1) / piece(c); }
 
@@ -257,7 +258,7 @@ class Machine {
     bool own_staging(Collective& c) {
         Lane& mine = lane(c, c.group->me);
         if (mine.staging.load()) return true;
-        const uint8_t* place = heap_.allocate(kStaging);
+        const uint8_t* place = heap_.allocate(uint64_t(2 * c.group->size() * piece(c)));
         if (place) {
             mine.staging.store(uint64_t(place - heap_.base()), std::memory_order_release);
             return true;
