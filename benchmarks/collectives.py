@@ -3,7 +3,8 @@
     python benchmarks/collectives.py [--ranks 2 4] [--mb 1 16 64] [--rounds 9] [--no-deepspeed] [--json PATH]
 
 Every contender lives at the same time and takes its turn in every round; a
-figure is the median of the rounds. GB/s count the tensor once: the whole one
+figure is the median of the rounds. A turn goes through 64 MB, in as many messages
+as that makes, each on tensors of its own. GB/s count the tensor once: the whole one
 for all_reduce, the whole input of reduce_scatter, the whole output of
 all_gather.
 
@@ -65,12 +66,17 @@ class Ranks:
             self._read(process)
 
     def time(self, what: str, megabytes: float) -> float:
-        """Return the seconds that the slowest rank took."""
+        """Return the seconds a message from the first rank's start to the last one's end; the host has one clock.
+
+        Where ranks share cores, what each takes by its own clock leaves out the time for which it waited to start.
+        """
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(f"{what} {megabytes}\n")
             process.stdin.flush()
-        return max(float(self._read(process)) for process in self.processes)
+        answers = [self._read(process).split() for process in self.processes]
+        first, last = min(float(answer[0]) for answer in answers), max(float(answer[1]) for answer in answers)
+        return (last - first) / int(answers[0][2])
 
     @staticmethod
     def _read(process: subprocess.Popen[str]) -> str:

@@ -1,4 +1,4 @@
-"""One rank of benchmarks/collectives.py: reads what to time, a line each, and answers with seconds."""
+"""One rank of benchmarks/collectives.py: reads what to time, a line each, and answers when it began and ended."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 warnings.simplefilter("ignore")
 Action = Callable[[], Any]
+# Bytes that a turn goes through at the least: smaller messages are sent several times, each on tensors of its own, as
+# the buckets of a step are; one tensor again and again would lie in a cache.
+TURN = 64 * 2**20
 
 
 def answer(text: str) -> None:
@@ -27,8 +30,8 @@ def gloo(name: str, whole: torch.Tensor, piece: torch.Tensor) -> Action:
     }[name]
 
 
-def ours() -> Callable[[str, int], Action]:
-    """Connect as an engine would; return what makes an action of a name and a size."""
+def ours() -> Callable[[str, int, int], Action]:
+    """Connect as an engine would; return what makes an action of a name, a size and a number of the tensors."""
     from powertrain.environment import Rank
     from powertrain.mesh import Mesh
     from powertrain_comm.shm.start import share
@@ -41,15 +44,15 @@ def ours() -> Callable[[str, int], Action]:
     if rank.index == 0:
         print(inner.describe()["algorithms, world"], file=sys.stderr, flush=True)
     comm = share(inner, rank, 120.0, asked=True)
-    tensors: dict[tuple[str, int], torch.Tensor] = {}
+    tensors: dict[tuple[str, int, int], torch.Tensor] = {}
 
-    def tensor(where: str, numel: int) -> torch.Tensor:
-        if (where, numel) not in tensors:
-            made = comm.empty(numel, torch.float32) if where == "empty" else torch.empty(numel)
-            tensors[where, numel] = made.fill_(1e-6)
-        return tensors[where, numel]
+    def make(what: str, numel: int, number: int) -> Action:
+        def tensor(where: str, numel: int) -> torch.Tensor:
+            if (where, numel, number) not in tensors:
+                made = comm.empty(numel, torch.float32) if where == "empty" else torch.empty(numel)
+                tensors[where, numel, number] = made.fill_(1e-6)
+            return tensors[where, numel, number]
 
-    def make(what: str, numel: int) -> Action:
         where, _, name = what.partition(":")
         whole = tensor("empty" if where == "empty" else "any", numel)
         size = numel // rank.world_size
@@ -75,15 +78,15 @@ def ours() -> Callable[[str, int], Action]:
     return make
 
 
-def deepspeed() -> Callable[[str, int], Action]:
+def deepspeed() -> Callable[[str, int, int], Action]:
     """Let DeepSpeed connect the ranks; its all_reduce through shared memory is the one of its inference."""
     import deepspeed as peer
 
     peer.init_distributed("gloo")
-    tensors: dict[int, torch.Tensor] = {}
+    tensors: dict[tuple[int, int], torch.Tensor] = {}
 
-    def make(what: str, numel: int) -> Action:
-        whole = tensors.setdefault(numel, torch.full((numel,), 1e-6))
+    def make(what: str, numel: int, number: int) -> Action:
+        whole = tensors.setdefault((numel, number), torch.full((numel,), 1e-6))
         return lambda: peer.comm.inference_all_reduce(whole)
 
     return make
@@ -95,11 +98,13 @@ def main(kind: str) -> None:
     answer("ready")
     for line in sys.stdin:
         what, megabytes = line.split()
-        action = make(what, int(float(megabytes) * 2**20) // 4)
+        size = int(float(megabytes) * 2**20)
+        actions = [make(what, size // 4, number) for number in range(max(1, TURN // size))]
         dist.barrier()
-        started = time.perf_counter()
-        action()
-        answer(str(time.perf_counter() - started))
+        started = time.monotonic()
+        for action in actions:
+            action()
+        answer(f"{started!r} {time.monotonic()!r} {len(actions)}")
 
 
 if __name__ == "__main__":

@@ -27,35 +27,57 @@ static inline void announce(const void* place) {
 #endif
 }
 
-// Types that are added as they are. `to` may be one of the terms: each element is read before it is written.
+template <class T, int kReduction>
+static inline T joined(T a, T b) {
+    return kReduction == kMax ? larger(a, b) : kReduction == kMin ? smaller(a, b) : T(a + b);
+}
+
+// Elements of `first` and of `more`, in order, into `to`; the mean's sum is divided by `count`.
+template <class T, int kReduction, int kMore>
+static void join(T* to, const T* first, const T* const* more, int64_t start, int64_t length, T count) {
+    const T* b = more[0] + start;
+    const T* c = kMore > 1 ? more[1] + start : b;
+    const T* last = more[kMore - 1] + start;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < length; ++i) {
+        T all = first[i];
+        if (kMore > 1) all = joined<T, kReduction>(all, b[i]);
+        if (kMore > 2) all = joined<T, kReduction>(all, c[i]);
+        to[i] = kReduction == kMean ? T((all + last[i]) / count) : joined<T, kReduction>(all, last[i]);
+    }
+}
+
+template <class T, int kReduction>
+static void join_some(T* to, const T* first, const T* const* more, int some, int64_t start, int64_t length, T count) {
+    switch (some) {
+        case 1: return join<T, kReduction, 1>(to, first, more, start, length, count);
+        case 2: return join<T, kReduction, 2>(to, first, more, start, length, count);
+        default: return join<T, kReduction, 3>(to, first, more, start, length, count);
+    }
+}
+
+// Types that are added as they are, up to four arrays in a pass. `to` may be one of the terms: where it is written at once,
+// each element is read before.
 template <class T>
 static void combine_plain(T* to, const T* const* terms, int count, int64_t begin, int64_t end, int reduction) {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(T));
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t length = end - start < kBlock ? end - start : kBlock;
         T room[kBlock];
-        constexpr int64_t kLine = 64 / int64_t(sizeof(T));
-        for (int term = 1; term < count; ++term) {
-            const T* a = term == 1 ? terms[0] + start : room;
-            const T* b = terms[term] + start;
-            T* out = term == count - 1 ? to + start : room;
+        for (int term = 1; term < count; term += 3) {
+            const int some = count - term < 3 ? count - term : 3;
+            const bool ends = term + some == count;
+            const T* first = term == 1 ? terms[0] + start : room;
+            const T* const* more = terms + term;
+            T* out = ends ? to + start : room;
             for (int64_t i = 0; i < length; i += kLine) {
-                if (term == 1) announce(a + i);
-                announce(b + i);
+                if (term == 1) announce(first + i);
+                for (int each = 0; each < some; ++each) announce(more[each] + start + i);
             }
-            if (reduction == kMax) {
-#pragma GCC ivdep
-                for (int64_t i = 0; i < length; ++i) out[i] = larger(a[i], b[i]);
-            } else if (reduction == kMin) {
-#pragma GCC ivdep
-                for (int64_t i = 0; i < length; ++i) out[i] = smaller(a[i], b[i]);
-            } else if (reduction == kMean && term == count - 1) {
-                const T divisor = T(count);
-#pragma GCC ivdep
-                for (int64_t i = 0; i < length; ++i) out[i] = T((a[i] + b[i]) / divisor);
-            } else {
-#pragma GCC ivdep
-                for (int64_t i = 0; i < length; ++i) out[i] = T(a[i] + b[i]);
-            }
+            if (reduction == kMax) join_some<T, kMax>(out, first, more, some, start, length, T(count));
+            else if (reduction == kMin) join_some<T, kMin>(out, first, more, some, start, length, T(count));
+            else if (reduction == kMean && ends) join_some<T, kMean>(out, first, more, some, start, length, T(count));
+            else join_some<T, kSum>(out, first, more, some, start, length, T(count));
         }
     }
 }
