@@ -1,6 +1,6 @@
 // Optimizer updates: each element is read once and written once, whatever is done to it in between.
 //
-// A block of every operand is brought to fp32 (where it is not, already), a rule's loop goes over it, and what has
+// A stretch of every operand is brought to fp32 (where it is not, already), a rule's loop goes over it, and what has
 // changed is rounded back. Formulas and their order are torch's own; the tests hold them to a float64 computation.
 #pragma once
 #include <powertrain/vector.inl>
@@ -13,11 +13,14 @@ namespace POWERTRAIN_PATH {
 // What a rule writes.
 enum Writes { kParam = 1, kFirst = 2, kSecond = 4 };
 
+// Elements that are gone through at a time: few enough that the processor reads ahead in every operand at once.
+static constexpr int64_t kStretch = 128;
+
 template <int writes, class Rule>
 static inline void sweep(const Operands& t, const Formats& f, int64_t begin, int64_t end, const Rule& rule) {
-    alignas(64) float param_room[kBlock], grad_room[kBlock], first_room[kBlock], second_room[kBlock];
-    for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t count = end - start < kBlock ? end - start : kBlock;
+    alignas(64) float param_room[kStretch], grad_room[kStretch], first_room[kStretch], second_room[kStretch];
+    for (int64_t start = begin; start < end; start += kStretch) {
+        const int64_t count = end - start < kStretch ? end - start : kStretch;
         float* param = const_cast<float*>(loaded(t.param, f.param, start, count, param_room));
         const float* grad = loaded(t.grad, f.grad, start, count, grad_room);
         float* first = t.first ? const_cast<float*>(loaded(t.first, f.state, start, count, first_room)) : first_room;
