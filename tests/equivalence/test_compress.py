@@ -87,3 +87,15 @@ def test_compressed_runs_resume(ranks: Any, tmp_path: Path, stage: int) -> None:
         losses = ranks(other, run, config, 10, str(tmp_path), True)[0]["losses"]
         assert losses[SAVED_AFTER + 1] == pytest.approx(went[0]["losses"][SAVED_AFTER + 1], rel=1e-5)
         assert all(torch.tensor(list(losses.values())).isfinite())
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_run_in_fp16_goes_on_in_other_formats(ranks: Any, tmp_path: Path, stage: int) -> None:
+    """Debts lie in checkpoints without the loss scale: a run that has another, or none, owes no more."""
+    config = config_of(stage, "int4") | {"optimizer": SGD, "precision": {"compute": "fp16"}}
+    went = ranks(2, run, config, 12, str(tmp_path))[0]["losses"]
+    for precision in ({"compute": "fp16"}, {"compute": "fp16", "loss_scale": 4.0}, {"compute": "fp32"}):
+        on = ranks(2, run, config | {"precision": precision}, 12, str(tmp_path), True)[0]["losses"]
+        if precision == config["precision"]:
+            assert on == {step: went[step] for step in on}
+        assert list(on.values()) == pytest.approx([went[step] for step in on], rel=0.02), precision

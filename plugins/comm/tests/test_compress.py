@@ -11,6 +11,7 @@ import torch
 
 from powertrain.errors import OptimizerError
 from powertrain.kernels.blockwise import Blockwise
+from powertrain.precision import LossScale
 from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
 from powertrain.roles.optimizer import FlatOptimizer
 from powertrain.testing.loopback import LoopbackWorld
@@ -327,24 +328,36 @@ def test_what_is_not_asked_for_is_let_go(caplog: pytest.LogCaptureFixture) -> No
     caplog.set_level("INFO")
     memory = Feedback(True)
     memory.load_state({"used": torch.ones(1, 32), "left": torch.ones(1, 32)})
-    memory.begin(1.0, 0, asked=True)  # a run that goes on within one process
+    memory.begin(LossScale(1.0, dynamic=False, checked=False), asked=True)  # a run that goes on within one process
     assert set(memory.state()) == {"used", "left"}
     memory.encode("used", torch.ones(1, 32), CODECS["onebit"])
-    memory.begin(1.0, 0, asked=True)
+    memory.begin(LossScale(1.0, dynamic=False, checked=False), asked=True)
     assert set(memory.state()) == {"used"}
     assert "lets go what it owed to left" in caplog.text
 
 
 def test_debts_follow_the_loss_scale() -> None:
-    """They are in units of the scale, and a step that was not applied leaves none."""
-    memory = Feedback(True)
-    memory.begin(1024.0, 0, asked=False)
+    """In units of the scale within a step, of the gradients in a checkpoint; a step that was not applied leaves none."""
+    memory, scale = Feedback(True), LossScale(1024.0, dynamic=True, checked=True)
+
+    memory.begin(scale, asked=False)
     memory.encode("g", gradient(0, 64).view(1, 64), CODECS["topk"])
-    before = memory.state()["g"].clone()
-    memory.begin(256.0, 0, asked=True)
-    assert torch.equal(memory.state()["g"], before / 4)
-    memory.begin(128.0, 1, asked=True)
-    assert not memory.state()
+    saved = {name: error.clone() for name, error in memory.state().items()}
+    scale.value = 256.0
+    memory.begin(scale, asked=True)
+    torch.testing.assert_close(memory.state()["g"], saved["g"], rtol=0, atol=0)  # powers of two are exact
+    other = Feedback(True)
+    other.load_state({name: error.clone() for name, error in saved.items()})
+    other.begin(LossScale(1.0, dynamic=False, checked=False), asked=False)
+    nothing = torch.zeros(1, 64)
+    sums = [memory.encode("g", nothing.clone(), CODECS["topk"]), other.encode("g", nothing.clone(), CODECS["topk"])]
+    found = [torch.zeros(1, 64), torch.zeros(1, 64)]
+    for row, into in zip(sums, found, strict=True):
+        CODECS["topk"].decode(row, into)
+    assert found[1].any()
+    torch.testing.assert_close(found[0], found[1] * 256.0, rtol=0, atol=0)
+    scale.update(applied=False)
+    assert not memory.state()  # already in the checkpoint of the step that was skipped
 
 
 def test_ranks_agree_on_what_their_optimizers_wish() -> None:

@@ -44,7 +44,7 @@ def begin(compressed: CompressedCommunicator, table: Compress, engine: Engine) -
             table.least,
             table.dimension,
         )
-    compressed.feedback.begin(engine.loss_scale.value, engine.loss_scale.skipped, asked=asked)
+    compressed.feedback.begin(engine.loss_scale, asked=asked)
     compressed.use(method_of(table, engine))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from powertrain.precision import LossScale
 from powertrain_comm.compress.codecs import Codec
 
 _log = logging.getLogger("powertrain.comm")
@@ -25,7 +26,7 @@ WHOLES = ("data", "world")
 
 
 class Feedback:
-    """Errors by name, in fp32.
+    """Errors by name, in fp32; while a step is under way, in units of its loss scale, as its gradients are.
 
     Args:
         on: whether errors are kept at all; otherwise they are lost, and cost no memory.
@@ -35,8 +36,9 @@ class Feedback:
         self._on = on
         self._errors: dict[str, torch.Tensor] = {}
         self._saved: dict[str, torch.Tensor] = {}
-        self._scale: float | None = None
-        self._skipped: int | None = None
+        self._loss_scale: LossScale | None = None
+        self._scale = 1.0  # that errors are multiplied by
+        self._skipped = 0
         self._fresh = False
 
     @torch.no_grad()
@@ -72,35 +74,43 @@ class Feedback:
         return owed
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return every error, what was loaded and not yet asked for included."""
-        return {**self._saved, **self._errors}
+        """Return every error in units of the gradients, what was loaded and not yet asked for included.
+
+        The run that goes on may have another loss scale, or none.
+        """
+        self._drop_skipped()
+        owed = {**self._saved, **self._errors}
+        return owed if self._scale == 1.0 else {name: error / self._scale for name, error in owed.items()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Owe what ``state`` says, and nothing else."""
+        """Owe what ``state`` says, in units of the gradients, and nothing else."""
         self._errors.clear()
         self._saved = dict(state)
-        self._scale = self._skipped = None
+        self._loss_scale, self._scale = None, 1.0
         self._fresh = True
 
-    def begin(self, scale: float, skipped: int, *, asked: bool) -> None:
-        """Take note of a step that begins: errors are in units of the loss scale.
+    def begin(self, loss_scale: LossScale, *, asked: bool) -> None:
+        """Take note of a step that begins: errors are in units of its loss scale.
 
         Args:
-            scale: by which gradients are multiplied from now on.
-            skipped: steps that were not applied so far. What such a step owes is let go: its gradients were no
-                numbers, or belonged to ones that were.
+            loss_scale: by which gradients are multiplied from now on.
             asked: the step before sent what it had compressed: what was loaded and not asked for never will be.
         """
         if asked and not self._fresh:
             self._forget_unasked()
         self._fresh = False
-        if self._skipped is not None and skipped > self._skipped:
+        self._drop_skipped()
+        if loss_scale.value != self._scale:
+            for error in (*self._errors.values(), *self._saved.values()):
+                error.mul_(loss_scale.value / self._scale)
+        self._loss_scale, self._scale, self._skipped = loss_scale, loss_scale.value, loss_scale.skipped
+
+    def _drop_skipped(self) -> None:
+        """Let go what a step owes that was not applied: its gradients were no numbers, or belonged to ones that were."""
+        if self._loss_scale is not None and self._loss_scale.skipped > self._skipped:
             self._errors.clear()
             self._saved.clear()
-        if self._scale is not None and scale != self._scale:
-            for error in (*self._errors.values(), *self._saved.values()):
-                error.mul_(scale / self._scale)
-        self._scale, self._skipped = scale, skipped
+            self._skipped = self._loss_scale.skipped
 
     def _forget_unasked(self) -> None:
         if self._saved:
