@@ -415,3 +415,32 @@ def test_the_norm_of_narrow_gradients_is_wide(ranks: Any, listened: bool) -> Non
     for norm, steps in ranks(2, norm_of_narrow_gradients, listened):
         assert norm == pytest.approx(128_000.0, rel=1e-3)
         assert steps == 1
+
+
+def listened(reduce: str, clip: float | None, hook: bool) -> torch.Tensor:
+    """Train on tiny gradients that travel in 16 bits, with somebody who looks at them or nobody; return parameters."""
+    model = plain.make_model(3)
+    optimizer = {"name": "adamw", "lr": 1e-3} | ({"clip": clip} if clip is not None else {})
+    config = {
+        "zero": {"stage": 1},
+        "precision": {"compute": reduce, "reduce": reduce},
+        "optimizers": {},
+        "optimizer": optimizer,
+    }
+    with powertrain.initialize(
+        model, config, loss_fn=lambda out, target: nn.functional.cross_entropy(out.float(), target) * 1e-5
+    ) as engine:
+        if hook:
+            engine.optimizer_wrapper.optimizer.register_step_pre_hook(lambda *_: None)
+        mine = plain.piece(plain.make_data(), engine.data_rank, engine.data_size)
+        for _ in range(4):
+            engine.train_step(mine)
+        with powertrain.full(engine.module):
+            return torch.cat([param.detach().float().flatten() for param in engine.module.parameters()])
+
+
+@pytest.mark.parametrize(("reduce", "clip"), [("fp16", None), ("bf16", 1e-6)])
+def test_who_listens_changes_nothing(ranks: Any, reduce: str, clip: float | None) -> None:
+    """A step hook shows the gradients wider and scaled; the update goes by these, not by what 16 bits keep of them."""
+    for without, with_hook in zip(*(ranks(2, listened, reduce, clip, hook) for hook in (False, True)), strict=True):
+        assert torch.equal(without, with_hook)

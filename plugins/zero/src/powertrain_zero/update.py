@@ -166,7 +166,7 @@ class Updater:
         """Ask a flat optimizer to scale, and to cast into the whole buffers that stay, on its way."""
         if self._flat is None:
             return nullcontext()
-        others = {master: grad for master, grad in grads.items() if master.grad is not grad}
+        others = {master: grad for master, grad in grads.items() if master.grad is None}
         return self._flat.asked(Request(scale=self._scale, outs=self._outs, grads=others, total=self._total))
 
     def _total(
