@@ -309,6 +309,26 @@ def test_a_killed_rank_is_named(tmp_path, killed):
             assert "PT504" in rank.err or "see rank" in rank.err
 
 
+def test_nobody_waits_for_the_dead_when_it_closes(tmp_path):
+    """The host of the board waits for those that still need it; one that was killed does not."""
+    script = write(
+        tmp_path,
+        """
+        if me == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            reduce("next")
+        finally:
+            started = time.monotonic()
+            comm.close()
+            print("closed in", time.monotonic() - started, flush=True)
+        """,
+    )
+    host = run(script)[0]
+    assert "rank 1 died" in host.err
+    assert float(re.search(r"closed in (\S+)", host.out)[1]) < 3.0
+
+
 def test_a_rank_that_leaves_early_is_named(tmp_path):
     """A rank closes and exits while the other still reduces: the other ends and says which collective it lacks."""
     script = write(

@@ -156,7 +156,8 @@ class Guard:
             board.count("released", 1)
 
     def _all_released(self, board: Board) -> bool:
-        return board.count("released") >= len(self._ranks)
+        absent = self._verdict.absent if self._verdict is not None else ()  # the dead need nothing
+        return board.count("released") >= len(self._ranks) - len(absent)
 
     # --- the thread's side ----------------------------------------------------------
 
@@ -335,8 +336,7 @@ class Guard:
             return
         with contextlib.suppress(BoardLost):
             if board is not None and self._rank == HOST:
-                here = len(self._ranks) - len(verdict.absent)
-                board.until(lambda: board.count("released") >= here, 2 * LAST_WORDS)
+                board.until(lambda: self._all_released(board), 2 * LAST_WORDS)
         for rank in {self._rank, *verdict.absent}:
             Path(self._boxes[rank]).unlink(missing_ok=True)
         if raising:
