@@ -7,7 +7,7 @@ import torch
 
 from powertrain.config.optimizers import OPTIMIZERS
 from powertrain.errors import OptimizerError
-from powertrain.optimizers import torch_factory
+from powertrain.optimizers import check_step, torch_factory
 
 
 def params() -> list[torch.nn.Parameter]:
@@ -76,3 +76,17 @@ def test_options_that_the_class_refuses_are_reported(options: dict[str, object])
     with pytest.raises(OptimizerError, match="Adam refuses its options") as caught:
         factory(params())
     assert str(*options) in caught.value.found or "learning rate" in caught.value.found
+
+
+@pytest.mark.parametrize("name", ["torch.optim.Adem", "troch.optim.Adam"])
+def test_a_mistyped_path_is_met_with_the_nearest(name: str) -> None:
+    """The typo may be in the class or in the module."""
+    with pytest.raises(OptimizerError, match=r"did you mean 'torch\.optim\.Adam'"):
+        torch_factory(name, {})
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    """LBFGS computes the loss again within a step, which an engine's step cannot; others only may."""
+    check_step(torch.optim.Adam(params()))
+    with pytest.raises(OptimizerError, match="LBFGS needs a closure"):
+        check_step(torch.optim.LBFGS(params()))

@@ -354,7 +354,7 @@ def make_optimizer(model: torch.nn.Module, given: OptimizerLike | None, context:
     """Return the caller's optimizer, or the one that ``[optimizer]`` names.
 
     Raises:
-        OptimizerError: no plugin makes it, or it is no optimizer.
+        OptimizerError: no plugin makes it, it is no optimizer, or it needs a closure.
     """
     trainable = [param for param in model.parameters() if param.requires_grad]
     if given is not None:
@@ -363,6 +363,7 @@ def make_optimizer(model: torch.nn.Module, given: OptimizerLike | None, context:
             raise OptimizerError(
                 "optimizer= made no optimizer", expected="a torch.optim.Optimizer", found=type(made).__name__
             )
+        optimizers.check_step(made)
         _check_members(model, made)
         return made
     table = context.config.optimizer
@@ -376,6 +377,7 @@ def make_optimizer(model: torch.nn.Module, given: OptimizerLike | None, context:
         raise OptimizerError("the model has no parameter that requires a gradient", remedy="unfreeze some of it")
     named = [(name, param) for name, param in named_parameters(model) if param.requires_grad]
     made = cast("torch.optim.Optimizer", factory(named if getattr(factory, "named", False) else trainable))
+    optimizers.check_step(made)
     made.granularity = factory.granularity  # type: ignore[attr-defined]
     return made
 

@@ -277,6 +277,24 @@ def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "powertrain"
 
 
+def native_wanted(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether C++ may run: ``POWERTRAIN_NATIVE`` is unset or 1.
+
+    Raises:
+        LaunchError: it is neither 0 nor 1.
+    """
+    text = setting("POWERTRAIN_NATIVE", environ)
+    if text not in (None, "", "0", "1"):
+        raise LaunchError(
+            "the variable POWERTRAIN_NATIVE is neither 0 nor 1",
+            where="POWERTRAIN_NATIVE",
+            expected="0, to leave C++ kernels out, or 1",
+            found=repr(text),
+            remedy="set it to 0 or 1, or unset it",
+        )
+    return text != "0"
+
+
 def build_limit(environ: Mapping[str, str] | None = None) -> float:
     """Return the seconds that a build of C++, or waiting for one, may take: ``POWERTRAIN_BUILD_TIMEOUT``, or 300.
 

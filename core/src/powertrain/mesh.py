@@ -50,7 +50,11 @@ class Mesh:
         """
         given = dict(sizes or {})
         if unknown := sorted(set(given) - set(DIMENSIONS)):
-            raise LaunchError(f"no mesh dimension is called {unknown[0]!r}", expected=", ".join(DIMENSIONS))
+            raise LaunchError(
+                f"no mesh dimension is called {unknown[0]!r}",
+                expected=", ".join(DIMENSIONS),
+                remedy="name one of these",
+            )
         others = math.prod(size for name, size in given.items() if name != "data")
         data = given.get("data", world_size // others if others else 0)
         full = {name: data if name == "data" else given.get(name, 1) for name in DIMENSIONS}
@@ -130,6 +134,7 @@ class Mesh:
             raise LaunchError(
                 f"no mesh dimension is called {dimension!r}",
                 expected=", ".join((*DIMENSIONS, WORLD)) + ", or a name that `split` returned",
+                remedy="name one of these",
             )
         parent, half, count = derived[1], derived[2], int(derived[3])
         self.split(parent, count)

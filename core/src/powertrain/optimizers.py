@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 
 from powertrain.errors import OptimizerError
 from powertrain.roles.optimizer import FlatOptimizer, Granularity, OptimizerFactory
+from powertrain.text import did_you_mean
 
 _CLASSES = {
     "adamw": "AdamW",
@@ -42,7 +44,11 @@ class TorchFactory:
             optimizer: torch.optim.Optimizer = self.kind(params, **self.options)
         except (TypeError, ValueError) as error:
             raise OptimizerError(
-                f"{self.kind.__name__} refuses its options", where="optimizer", found=str(error)
+                f"{self.kind.__name__} refuses its options",
+                where="[optimizer]",
+                expected=f"{self.kind.__name__}{_signature(self.kind)}",
+                found=str(error),
+                remedy="keep to these options, in `[optimizer]`",
             ) from error
         return optimizer
 
@@ -61,7 +67,14 @@ def torch_factory(name: str, options: Mapping[str, Any]) -> OptimizerFactory | N
     try:
         kind = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise OptimizerError(f"there is no optimizer {name}", where="optimizer.name", found=str(error)) from error
+        there = _classes_of(module)
+        raise OptimizerError(
+            f"there is no optimizer {name}",
+            where="optimizer.name",
+            expected="the dotted path of an optimizer class, or a name of `powertrain config schema optimizer`",
+            found=str(error),
+            remedy="correct the path" + did_you_mean(name, there),
+        ) from error
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise OptimizerError(
             f"{name} is no optimizer",
@@ -70,6 +83,41 @@ def torch_factory(name: str, options: Mapping[str, Any]) -> OptimizerFactory | N
             found=repr(kind),
         )
     return TorchFactory(kind, options, "matrix")
+
+
+def check_step(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that computes the loss again while it updates.
+
+    Raises:
+        OptimizerError: its ``step`` must be given a closure.
+    """
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} needs a closure that computes the loss again, several times a step",
+            where="optimizer.name",
+            expected="an optimizer that updates from the gradients that are there",
+            remedy="choose another one",
+        )
+
+
+def _classes_of(module: str) -> list[str]:
+    """Return the dotted paths of the optimizers in a module, if there is one, and in torch.optim."""
+    result = []
+    for each in dict.fromkeys((module, "torch.optim")):
+        try:
+            members = vars(import_module(each))
+        except ImportError:
+            continue
+        kinds = (name for name, kind in members.items() if isinstance(kind, type))
+        result += [f"{each}.{name}" for name in kinds if issubclass(members[name], torch.optim.Optimizer)]
+    return result
+
+
+def _signature(kind: type) -> str:
+    """Return the options of a class, as its constructor lists them."""
+    names = [name for name in signature(kind).parameters if name != "params"]
+    return f"({', '.join(names)})"
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:

@@ -300,7 +300,8 @@ def _check(recipe: Recipe, *, keeps_state: bool) -> None:
                 where=f"precision.{key}",
                 expected=str(expected).removeprefix("torch."),
                 found=str(found).removeprefix("torch."),
-                remedy="leave the key out, or add a section that shards the optimizer",
+                remedy="leave the key out, or add a section that shards the optimizer"
+                + (", or `[optimizers]`, whose own keep their state in 16 bits" if key == "optimizer" else ""),
             )
 
 

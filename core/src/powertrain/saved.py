@@ -233,6 +233,16 @@ def check_names(engine: Engine, reader: CheckpointReader) -> None:
 def _check_optimizer(engine: Engine, saved: str, groups: int) -> None:
     """Compare the optimizer's class and its groups: the state of another one would be dropped, or taken for other."""
     optimizer = engine.optimizer_wrapper.optimizer
+    own = optimizers.name_of(optimizer)
+    if own != saved:
+        raise CheckpointMismatch(
+            "the checkpoint was made with another optimizer",
+            where="optimizer.name",
+            expected=saved,
+            found=own,
+            remedy=f'set `[optimizer] name = "{saved}"`; to start anew from the weights with the other one, '
+            "`powertrain export` the checkpoint and use engine.load_weights",
+        )
     if len(optimizer.param_groups) != groups:
         raise CheckpointMismatch(
             "the optimizer of the checkpoint has another number of parameter groups: learning rates go by group",
@@ -241,15 +251,6 @@ def _check_optimizer(engine: Engine, saved: str, groups: int) -> None:
             found=f"{len(optimizer.param_groups)} groups",
             remedy="make the optimizer with the groups that the checkpoint was made with, in their order; empty ones "
             "count; to start anew from the weights, use engine.load_weights",
-        )
-    own = optimizers.name_of(optimizer)
-    if own != saved:
-        raise CheckpointMismatch(
-            "the checkpoint was made with another optimizer",
-            where="optimizer.name",
-            expected=saved,
-            found=own,
-            remedy=f'set `[optimizer] name = "{saved}"`',
         )
 
 

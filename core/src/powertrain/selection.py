@@ -18,7 +18,7 @@ from powertrain.discovery import Installed, Schemas, allowed, installed, load
 from powertrain.environment import setting, strict_plugins
 from powertrain.errors import PluginBroken, PluginError, PluginMissing
 from powertrain.plugin import Plugin
-from powertrain.text import nearest
+from powertrain.text import did_you_mean, nearest
 
 _log = logging.getLogger("powertrain.plugins")
 
@@ -187,7 +187,9 @@ def _required(text: str, known: Mapping[str, Installed]) -> str:
         raise PluginMissing(
             f"the required plugin {requirement.name!r} is not installed",
             where="plugins.require",
-            remedy=f"pip install '{text if text.startswith('powertrain-') else 'powertrain-' + text}'",
+            expected=f"one of the installed ones: {', '.join(known) or 'none'}",
+            remedy=f"pip install '{text if text.startswith('powertrain-') else 'powertrain-' + text}'"
+            + did_you_mean(requirement.name.removeprefix("powertrain-"), known, before=", or did you mean "),
         )
     if not requirement.specifier.contains(known[name].version, prereleases=True):
         raise PluginError(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from powertrain.errors import OptimizerError
+from powertrain.errors import LaunchError, OptimizerError, ShardingError
 from powertrain.kernels.blockwise import Blockwise
+from powertrain.mesh import Mesh
 from powertrain.precision import LossScale
 from powertrain.roles.communicator import Collective, Communicator, Handle, WrappedCommunicator
 from powertrain.roles.optimizer import FlatOptimizer
@@ -337,7 +338,7 @@ def test_what_is_not_asked_for_is_let_go(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_debts_follow_the_loss_scale() -> None:
-    """In units of the scale within a step, of the gradients in a checkpoint; a step that was not applied leaves none."""
+    """In units of the scale within a step, of the gradients in a checkpoint; a skipped step leaves none."""
     memory, scale = Feedback(True), LossScale(1024.0, dynamic=True, checked=True)
 
     memory.begin(scale, asked=False)
@@ -425,6 +426,41 @@ def test_settings_that_make_no_sense_are_refused(table: dict[str, Any], told: st
 
 def test_an_optimizer_that_never_asks_is_refused() -> None:
     """``method = "optimizer"`` needs one that says when."""
-    check: Callable[[Any], None] = choice.check
     with pytest.raises(OptimizerError, match="never asks for compressed gradients"):
-        check(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
+        choice.check(Compress(method="optimizer"), training(torch.optim.SGD))
+
+
+def training(kind: Any) -> Any:
+    """Return what ``check`` sees of an engine: an optimizer, and two ranks."""
+    optimizer = kind([torch.ones(1, requires_grad=True)], lr=0.1)
+    sizes = Mesh.build(2, 0)
+    communicator = SimpleNamespace(rank=0, size=lambda dimension: len(sizes.peers(dimension)))
+    return SimpleNamespace(
+        optimizer_wrapper=SimpleNamespace(optimizer=optimizer), context=SimpleNamespace(communicator=communicator)
+    )
+
+
+@pytest.mark.parametrize("dimension", ["dta", "data.across4"])
+def test_a_dimension_that_there_is_not_is_refused(dimension: str) -> None:
+    """The error names the key, whatever is wrong with the name."""
+    with pytest.raises((LaunchError, ShardingError)) as caught:
+        choice.check(Compress(method="int8", dimension=dimension), training(torch.optim.SGD))
+    assert caught.value.where == "comm.compress.dimension"
+    assert "name a dimension of this run" in str(caught.value)
+
+
+def test_a_method_that_is_noise_to_the_optimizer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """One bit and topk with Adam train worse: a warning says so, and what to use."""
+    choice.check(Compress(method="topk"), training(torch.optim.SGD))
+    choice.check(Compress(method="int8"), training(torch.optim.AdamW))
+    assert not caplog.records
+    choice.check(Compress(method="topk"), training(torch.optim.AdamW))
+    (record,) = caplog.records
+    assert "topk" in record.getMessage() and "int8" in record.getMessage()
+
+
+def test_keys_without_a_method_are_refused() -> None:
+    """They would compress nothing, in silence."""
+    assert Compress().method == "none"
+    with pytest.raises(ValueError, match="least has no effect without a method"):
+        Compress(least=1)

@@ -21,7 +21,7 @@ from powertrain_observe import comm_table
 from powertrain_observe.clock import DeviceClock, DeviceTimed, HostTimed
 from powertrain_observe.config import ObserveConfig
 from powertrain_observe.plugin import ObservePlugin
-from powertrain_observe.traced import ROWS, Row, TracedCommunicator
+from powertrain_observe.traced import ROWS, Row, TracedCommunicator, kind_of
 
 
 class TestTraced(CommunicatorContract):
@@ -109,8 +109,8 @@ def test_a_collective_that_did_not_start_is_not_counted():
     assert comm.traffic() == [Traffic(operation="all_reduce", dimension="data", calls=1, bytes=0)]
 
 
-def test_the_table_tells_labels_apart_by_their_first_word(caplog):
-    """Rank 0 logs one line per operation, dimension and first word, once; other ranks, and idle ones, log nothing."""
+def test_the_table_tells_labels_apart_by_what_they_say_of_the_data(caplog):
+    """Rank 0 logs one line per operation, dimension and kind of data, once; other ranks, and idle ones, log nothing."""
     caplog.set_level(logging.INFO, "powertrain.observe")
     traced(rank=1).close()
     traced(rank=0).close()
@@ -130,6 +130,22 @@ def test_the_table_tells_labels_apart_by_their_first_word(caplog):
         ["all_reduce", "data", "bucket", "3", "18.000", "-", "-", "-", "-"],
         ["barrier", "world", "-", "1", "0.000", "-", "-", "-", "-"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("label", "kind"),
+    [
+        ("gradients, bucket 0: 2.bias to 0.weight", "gradients"),
+        ("which parameters got a gradient", "which parameters got a gradient"),
+        ("all of layers.0.weight", "all"),
+        ("late gradients?", "late gradients"),
+        ("layers.0.weight", "layers"),
+        ("", ""),
+    ],
+)
+def test_kinds_of_data_are_readable(label, kind):
+    """Words, without the names and numbers of one collective."""
+    assert kind_of(label) == kind
 
 
 def test_new_labels_for_ever_cost_no_memory():
@@ -240,7 +256,7 @@ def trained(settings):
     with powertrain.initialize(Net(), config, loss_fn=torch.nn.MSELoss()) as engine:
         for _ in range(2):
             engine.train_step((torch.ones(2, 64), torch.zeros(2, 64)))
-        rows = [row for row in engine.context.communicator.traffic() if row.data == "gradients,"]
+        rows = [row for row in engine.context.communicator.traffic() if row.data == "gradients"]
         return comm_table(engine), [(r.operation, r.dimension, r.calls, r.bytes, r.seconds > 0) for r in rows]
 
 

@@ -75,7 +75,8 @@ def _chosen(names: Sequence[str]) -> list[tuple[str, KernelSet]]:
     known = {each.name: (plugin, each) for plugin, each in sets()}
     for name in names:
         if name not in known:
-            raise click.UsageError(f"there are no kernels called {name!r}{did_you_mean(name, known)}")
+            there = f" (there are: {', '.join(known)})" if known else " (no plugin has any)"
+            raise click.UsageError(f"there are no kernels called {name!r}{did_you_mean(name, known)}{there}")
     return [known[name] for name in names or known]
 
 

@@ -83,13 +83,11 @@ class CommPlugin(Plugin[CommConfig]):
 
     @hookimpl
     def on_engine_ready(self, engine: Engine) -> None:
-        """Refuse to follow an optimizer that asks for nothing, and a dimension that there is not."""
-        if self._compressed is not None and self.config.compress.dimension is not None:
-            self._compressed.size(self.config.compress.dimension)
-        if self.config.compress.method == "optimizer":
+        """Refuse a dimension that there is not, and an optimizer that does not go with the method."""
+        if self.config.compress.method != "none":
             from powertrain_comm.compress.choice import check
 
-            check(engine.optimizer_wrapper.optimizer)
+            check(self.config.compress, engine)
 
     @hookimpl
     def on_step_start(self, engine: Engine) -> None:

@@ -34,7 +34,7 @@ class TracedCommunicator(WrappedCommunicator):
     """Counts and times the collectives of another communicator, and the bytes that they make this rank send.
 
     Each operation counts with what its best algorithm sends, as ``Traffic`` says, whatever the library does.
-    Labels are told apart by their first word.
+    Labels are told apart by what they say of the data, up to a name or a number.
     """
 
     def __init__(self, inner: Communicator) -> None:
@@ -70,7 +70,7 @@ class TracedCommunicator(WrappedCommunicator):
         place = self._places.get(dimension)
         if place is None:
             place = self._places[dimension] = self.size(dimension), self.index(dimension)
-        key = collective.operation, dimension, collective.label.partition(" ")[0].partition(".")[0]
+        key = collective.operation, dimension, kind_of(collective.label)
         row = self._rows.get(key)
         if row is None:
             if len(self._rows) >= ROWS:
@@ -81,7 +81,7 @@ class TracedCommunicator(WrappedCommunicator):
         return row
 
     def traffic(self) -> list[Traffic]:
-        """Return what was counted, by operation, dimension and first word of the label."""
+        """Return what was counted, by operation, dimension and kind of data."""
         if self._clock is not None:
             self._clock.settle()
         return [
@@ -90,7 +90,7 @@ class TracedCommunicator(WrappedCommunicator):
         ]
 
     def table(self) -> str:
-        """Return what was counted, one line per operation, dimension and first word of the label."""
+        """Return what was counted, one line per operation, dimension and kind of data."""
         return render(self.traffic(), self.size)
 
     def describe(self) -> dict[str, str]:
@@ -103,6 +103,19 @@ class TracedCommunicator(WrappedCommunicator):
             _log.info("collectives of rank 0:\n%s", self.table())
         self._open = False
         self.inner.close()
+
+
+def kind_of(label: str) -> str:
+    """Return what a label says of the data, without the names and numbers of this one."""
+    result = []
+    for word in label.split():
+        plain = word.rstrip(",:?")
+        if not plain.isalpha() or plain == "of":
+            break
+        result.append(plain)
+        if word != plain:
+            break
+    return " ".join(result) or label.partition(" ")[0].partition(".")[0]
 
 
 def sent(collective: Collective, count: int, index: int) -> int:

@@ -81,7 +81,8 @@ class ScheduleFreeAdamW(KernelOptimizer):
                 "parameters hold the average that is evaluated, not what is trained",
                 where="optimizer.step",
                 expected="train() after eval()",
-                remedy="call optimizer.train() before the next step; under an engine use `with evaluating(engine):`",
+                remedy="call optimizer.train() before the next step; under an engine the end of `with "
+                "evaluating(engine):` does: after loading a checkpoint that was saved within one, enter and leave one",
             )
         beta1, beta2 = group["betas"]
         for step, alike in self.counted(params).items():

@@ -82,7 +82,10 @@ def _shared_memory(directory: Path) -> Iterator[Check]:
         "shared memory",
         "warn" if small else "ok",
         f"{usage.free / GIB:.2f} GiB free of {usage.total / GIB:.2f} GiB in {directory}",
-        "in a container: docker run --shm-size=8g (or --ipc=host)" if small else "",
+        "DataLoader workers and other libraries need it (Powertrain's own ranks do not); in a container: docker run "
+        "--shm-size=8g (or --ipc=host)"
+        if small
+        else "",
     )
     left = [path for path in sorted(directory.iterdir()) if _abandoned(path)]
     size = sum(path.stat().st_size for path in left if path.exists())

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
-from powertrain.precision import LossScale
 from powertrain_comm.compress.codecs import Codec
+
+if TYPE_CHECKING:
+    from powertrain.precision import LossScale
 
 _log = logging.getLogger("powertrain.comm")
 
@@ -106,7 +109,7 @@ class Feedback:
         self._loss_scale, self._scale, self._skipped = loss_scale, loss_scale.value, loss_scale.skipped
 
     def _drop_skipped(self) -> None:
-        """Let go what a step owes that was not applied: its gradients were no numbers, or belonged to ones that were."""
+        """Let go what a step owes that was not applied: its gradients were no numbers, or went with such."""
         if self._loss_scale is not None and self._loss_scale.skipped > self._skipped:
             self._errors.clear()
             self._saved.clear()
