@@ -267,7 +267,8 @@ def _connections(context: Context, reader: CheckpointReader) -> dict[str, torch.
     """Return what the communicator wants of the state that it left in the checkpoint, by name.
 
     That of this rank; where the ranks were of another number, the mean of every rank's, if they are of one shape,
-    so that the mean over the ranks is what it was. One tensor of another rank is here at a time.
+    so that the mean over the ranks is what it was. The state of one other rank is here at a time, and every rank reads
+    as often, whatever it wants.
     """
     saved = int(reader.values["world_size"])
     own = range(saved) if saved != context.mesh.world_size else [context.rank.index]
@@ -276,17 +277,18 @@ def _connections(context: Context, reader: CheckpointReader) -> dict[str, torch.
         rank, _, name = full.removeprefix(_OWN).partition("/")
         if full.startswith(_OWN) and int(rank) in own and context.communicator.wants(name):
             found.setdefault(name, []).append(full)
+    alike = [
+        name
+        for name, places in found.items()
+        if len(places) == len(own) and len({tuple(reader.tensors[full].shape) for full in places}) == 1
+    ]
     result: dict[str, torch.Tensor] = {}
-    for name, places in found.items():
-        infos = [reader.tensors[full] for full in places]
-        if len(places) < len(own) or any(info.shape != infos[0].shape for info in infos):
-            continue
-        for full in places:
-            copy = torch.empty(infos[0].shape, dtype=infos[0].dtype)
-            fill(reader, [(full, copy)])
-            result[name] = result[name].add_(copy) if name in result else copy
-        result[name].div_(len(places))
-    return result
+    for index in own:
+        infos = {name: reader.tensors[f"{_OWN}{index}/{name}"] for name in alike}
+        copies = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
+        fill(reader, [(f"{_OWN}{index}/{name}", copy) for name, copy in copies.items()])
+        result = {name: result[name].add_(copy) if name in result else copy for name, copy in copies.items()}
+    return {name: total.div_(len(own)) for name, total in result.items()}
 
 
 def _restore_random(context: Context, reader: CheckpointReader, generators: dict[str, torch.Tensor], step: int) -> None:

@@ -430,14 +430,13 @@ def test_an_optimizer_that_never_asks_is_refused() -> None:
         choice.check(Compress(method="optimizer"), training(torch.optim.SGD))
 
 
-def training(kind: Any) -> Any:
-    """Return what ``check`` sees of an engine: an optimizer, and two ranks."""
+def training(kind: Any, stated: bool = False) -> Any:
+    """Return what ``check`` sees of an engine: an optimizer, two ranks, and whether somebody set the method."""
     optimizer = kind([torch.ones(1, requires_grad=True)], lr=0.1)
     sizes = Mesh.build(2, 0)
     communicator = SimpleNamespace(rank=0, size=lambda dimension: len(sizes.peers(dimension)))
-    return SimpleNamespace(
-        optimizer_wrapper=SimpleNamespace(optimizer=optimizer), context=SimpleNamespace(communicator=communicator)
-    )
+    context = SimpleNamespace(communicator=communicator, config=SimpleNamespace(is_stated=lambda path: stated))
+    return SimpleNamespace(optimizer_wrapper=SimpleNamespace(optimizer=optimizer), context=context)
 
 
 @pytest.mark.parametrize("dimension", ["dta", "data.across4"])
@@ -459,8 +458,10 @@ def test_a_method_that_is_noise_to_the_optimizer_is_told(caplog: pytest.LogCaptu
     assert "topk" in record.getMessage() and "int8" in record.getMessage()
 
 
-def test_keys_without_a_method_are_refused() -> None:
-    """They would compress nothing, in silence."""
-    assert Compress().method == "none"
-    with pytest.raises(ValueError, match="least has no effect without a method"):
-        Compress(least=1)
+def test_keys_without_a_method_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """They compress nothing, which is no secret unless somebody switched it off; nothing is told of no table."""
+    choice.check(Compress(), training(torch.optim.SGD))
+    choice.check(Compress(least=1), training(torch.optim.SGD, stated=True))
+    assert not caplog.records
+    choice.check(Compress(least=1), training(torch.optim.SGD))
+    assert "has no method" in caplog.text

@@ -195,8 +195,11 @@ class Communicator(ABC):
         return {}
 
     def wants(self, name: str) -> bool:
-        """Return whether ``load_state`` has a use for the entry ``name`` of an earlier run's state."""
-        return False
+        """Return whether ``load_state`` has a use for the entry ``name`` of an earlier run's state.
+
+        All of it, if a class has a ``load_state`` of its own and does not say better.
+        """
+        return type(self).load_state is not Communicator.load_state
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from ``state``; of another number of ranks it is the mean of theirs. What is unknown is let go."""
@@ -385,8 +388,8 @@ class WrappedCommunicator(Communicator):
         return self.inner.state()
 
     def wants(self, name: str) -> bool:
-        """Return what the wrapped communicator wants."""
-        return self.inner.wants(name)
+        """Return what the wrapped communicator wants, or all, as ``Communicator`` does."""
+        return type(self).load_state is not WrappedCommunicator.load_state or self.inner.wants(name)
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Let the wrapped communicator continue."""

@@ -38,11 +38,6 @@ class Compress:
     """Compress only along this mesh dimension, such as "data.across4" between nodes of four ranks. Default: along
     every one."""
 
-    def __attrs_post_init__(self) -> None:
-        unused = [a.name for a in attrs.fields(Compress) if a.name != "method" and getattr(self, a.name) != a.default]
-        if self.method == "none" and unused:
-            raise ValueError(f'{unused[0]} has no effect without a method, such as method = "int8"')
-
     @ratio.validator
     def _is_a_part(self, attribute: attrs.Attribute[float], value: float) -> None:
         if not 0 < value <= 1:

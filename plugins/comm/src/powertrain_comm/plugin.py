@@ -84,10 +84,9 @@ class CommPlugin(Plugin[CommConfig]):
     @hookimpl
     def on_engine_ready(self, engine: Engine) -> None:
         """Refuse a dimension that there is not, and an optimizer that does not go with the method."""
-        if self.config.compress.method != "none":
-            from powertrain_comm.compress.choice import check
+        from powertrain_comm.compress.choice import check
 
-            check(self.config.compress, engine)
+        check(self.config.compress, engine)
 
     @hookimpl
     def on_step_start(self, engine: Engine) -> None:

@@ -85,6 +85,14 @@ def check(table: Compress, engine: Engine) -> None:
         OptimizerError: ``method`` is "optimizer", and its class has no ``reducer`` of its own.
     """
     communicator = engine.context.communicator
+    if table.method == "none":
+        if (
+            table != Compress()
+            and not engine.context.config.is_stated("comm.compress.method")
+            and communicator.rank == 0
+        ):
+            _log.warning('[comm.compress] has no method, so it compresses nothing: set method = "int8", for example')
+        return
     if table.dimension is not None:
         try:
             communicator.size(table.dimension)
