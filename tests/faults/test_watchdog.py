@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,8 @@ import time
 
 import attrs
 import pytest
+
+from powertrain.testing.ports import free_port
 
 TIMEOUT = 3.0
 """Seconds that the scripts give a collective."""
@@ -93,9 +94,7 @@ def line_of(script, text):
 
 def run(script, n=2, *arguments):
     """Run the script on ``n`` ranks; return how each ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     files = [[(script.parent / f"{name}{rank}").open("w+") for name in ("out", "err")] for rank in range(n)]
     processes = [
         subprocess.Popen(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+
+from powertrain.testing.ports import free_port
 
 
 def run_ranks(
@@ -17,9 +18,7 @@ def run_ranks(
     """Run a script on ``n`` ranks; return the exit code and the two outputs of each."""
     file = directory / "script.py"
     file.write_text(textwrap.dedent(script))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(n):
         facts = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}

@@ -13,6 +13,7 @@ import pytest
 
 from powertrain.cli.launch_plan import LaunchPlan, check_endpoint, parse_nodes, rank_variables
 from powertrain.errors import LaunchError
+from powertrain.testing import ports
 
 
 @pytest.fixture
@@ -242,11 +243,7 @@ def test_two_nodes_meet(environ, script, extra, free_port):
 @pytest.fixture
 def free_port():
     """A port that nobody listens on."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return ports.free_port()
 
 
 def test_dry_run_prints_a_command_that_works(powertrain, script, environ, tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 
 import pytest
+
+from powertrain.testing.ports import free_port
 
 HEAD = """
 import os, signal, sys, time
@@ -35,9 +36,7 @@ def run(tmp_path, body, *, n=2, watched=False, timeout=30.0, torch_timeout=30.0)
     script = tmp_path / "script.py"
     head = HEAD.format(watched=watched, timeout=timeout, torch_timeout=torch_timeout)
     script.write_text(head + textwrap.dedent(body))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(n):
         facts = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import attrs
 import pytest
 
+from powertrain.testing.ports import free_port
 from powertrain_zero.plan.command import Planner
 from powertrain_zero.plan.model import build_model
 from powertrain_zero.plan.probe import probe
@@ -97,9 +97,7 @@ def test_the_predicted_peak_is_the_measured_one(name: str, process: int, tmp_pat
 
 def train(ranks: int, case: str) -> list[int]:
     """Train as ranks of their own; return their peaks in bytes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
         subprocess.Popen(

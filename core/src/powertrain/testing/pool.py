@@ -26,7 +26,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from powertrain.testing.ports import free_port
 from powertrain.testing.worker import Answer, Call
 
 TIMEOUT = 60.0
@@ -249,9 +249,7 @@ def _calls(n: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     qualname = function.__qualname__
     if "<" in qualname:
         raise ValueError(f"{qualname} is a local function; ranks run those at the top level of a module")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [
         Call(
             modules=_modules([function, *args, *kwargs.values()]),
