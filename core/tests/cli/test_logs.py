@@ -11,14 +11,9 @@ from powertrain.errors import LaunchError
 
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """Leave the logger as it was."""
+def no_level(monkeypatch):
+    """Leave the level to the test."""
     monkeypatch.delenv("POWERTRAIN_LOG", raising=False)
-    logger = logging.getLogger("powertrain")
-    before = (logger.level, logger.propagate, list(logger.handlers))
-    yield
-    logger.level, logger.propagate, logger.handlers = before[0], before[1], before[2]
-    logger.setLevel(before[0])
 
 
 def spoken(capsys) -> list[str]:
