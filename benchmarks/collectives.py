@@ -25,12 +25,13 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+
+from powertrain.testing.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 PEER = ROOT / ".peers/deepspeed/bin/python"
@@ -43,9 +44,7 @@ class Ranks:
     """Some processes that time one thing at a time, all together."""
 
     def __init__(self, python: str, kind: str, count: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.processes = []
         for rank in range(count):
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}

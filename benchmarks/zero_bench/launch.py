@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+from powertrain.testing.ports import free_port
 from zero_bench.contenders import CONTENDERS
 from zero_bench.model import MICRO_BATCH, SIZES
 
@@ -218,14 +218,6 @@ class Contestant:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self._log.close()
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def reason(log: str) -> str:

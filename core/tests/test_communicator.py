@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 
 from powertrain.mesh import Mesh
@@ -33,3 +34,9 @@ def test_who_loads_state_wants_it() -> None:
     assert not WrappedCommunicator(nothing).wants("x")
     assert WrappedCommunicator(all_of_it).wants("x")
     assert RememberingWrapper(nothing).wants("x")
+
+
+def test_an_unknown_reduction_is_refused_before_it_travels() -> None:
+    """Whoever carries it, a name that means nothing is an error that lists those that do."""
+    with pytest.raises(ValueError, match=r"'reduction' must be in .*'sum', 'mean', 'max', 'min'"):
+        SingleProcess(Mesh.build(1, 0), torch.device("cpu")).all_reduce(torch.zeros(1), reduction="avg")  # type: ignore[arg-type]

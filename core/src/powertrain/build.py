@@ -161,6 +161,7 @@ def _prepare(model: torch.nn.Module, context: Context, weights: str | os.PathLik
 def _wrap(model: torch.nn.Module, optimizer: OptimizerLike | None, context: Context) -> OptimizerWrapper:
     """Make the optimizer, and what brings gradients to it."""
     inner = make_optimizer(model, optimizer, context)
+    optimizers.check_step(inner)
     if isinstance(inner, FlatOptimizer) and inner.accelerator is None:
         inner.accelerator = context.accelerator
     wrapper: OptimizerWrapper | None = context.hooks.one(
@@ -354,7 +355,7 @@ def make_optimizer(model: torch.nn.Module, given: OptimizerLike | None, context:
     """Return the caller's optimizer, or the one that ``[optimizer]`` names.
 
     Raises:
-        OptimizerError: no plugin makes it, it is no optimizer, or it needs a closure.
+        OptimizerError: no plugin makes it, or it is no optimizer.
     """
     trainable = [param for param in model.parameters() if param.requires_grad]
     if given is not None:
@@ -363,7 +364,6 @@ def make_optimizer(model: torch.nn.Module, given: OptimizerLike | None, context:
             raise OptimizerError(
                 "optimizer= made no optimizer", expected="a torch.optim.Optimizer", found=type(made).__name__
             )
-        optimizers.check_step(made)
         _check_members(model, made)
         return made
     table = context.config.optimizer
@@ -377,7 +377,6 @@ def make_optimizer(model: torch.nn.Module, given: OptimizerLike | None, context:
         raise OptimizerError("the model has no parameter that requires a gradient", remedy="unfreeze some of it")
     named = [(name, param) for name, param in named_parameters(model) if param.requires_grad]
     made = cast("torch.optim.Optimizer", factory(named if getattr(factory, "named", False) else trainable))
-    optimizers.check_step(made)
     made.granularity = factory.granularity  # type: ignore[attr-defined]
     return made
 

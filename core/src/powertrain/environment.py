@@ -202,6 +202,17 @@ def _first_host(nodelist: str) -> str:
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+def _misset(name: str, how: str, text: str | None, expected: str) -> LaunchError:
+    """Return the error of one of Powertrain's own variables."""
+    return LaunchError(
+        f"the variable {name} {how}",
+        where=name,
+        expected=expected,
+        found=repr(text),
+        remedy=f"set it to {expected}; or unset it",
+    )
+
+
 def log_level(environ: Mapping[str, str] | None = None) -> str | None:
     """Return the level that ``POWERTRAIN_LOG`` asks for, or None if it is not set.
 
@@ -213,13 +224,7 @@ def log_level(environ: Mapping[str, str] | None = None) -> str | None:
     if not text:
         return None
     if text not in LOG_LEVELS:
-        raise LaunchError(
-            "the variable POWERTRAIN_LOG names no level",
-            where="POWERTRAIN_LOG",
-            expected=", ".join(LOG_LEVELS),
-            found=repr(text),
-            remedy="set it to one of these, or unset it",
-        )
+        raise _misset("POWERTRAIN_LOG", "names no level", text, ", ".join(LOG_LEVELS))
     return text
 
 
@@ -285,13 +290,7 @@ def native_wanted(environ: Mapping[str, str] | None = None) -> bool:
     """
     text = setting("POWERTRAIN_NATIVE", environ)
     if text not in (None, "", "0", "1"):
-        raise LaunchError(
-            "the variable POWERTRAIN_NATIVE is neither 0 nor 1",
-            where="POWERTRAIN_NATIVE",
-            expected="0, to leave C++ kernels out, or 1",
-            found=repr(text),
-            remedy="set it to 0 or 1, or unset it",
-        )
+        raise _misset("POWERTRAIN_NATIVE", "is neither 0 nor 1", text, "0, which leaves C++ kernels out, or 1")
     return text != "0"
 
 
@@ -307,11 +306,5 @@ def build_limit(environ: Mapping[str, str] | None = None) -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise LaunchError(
-            "the variable POWERTRAIN_BUILD_TIMEOUT is no time",
-            where="POWERTRAIN_BUILD_TIMEOUT",
-            expected="seconds, above 0",
-            found=repr(text),
-            remedy="set it to a number of seconds, or unset it",
-        )
+        raise _misset("POWERTRAIN_BUILD_TIMEOUT", "is no time", text, "a number of seconds, above 0")
     return seconds

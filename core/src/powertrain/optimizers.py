@@ -95,7 +95,7 @@ def check_step(optimizer: torch.optim.Optimizer) -> None:
     if closure is not None and closure.default is Parameter.empty:
         raise OptimizerError(
             f"{type(optimizer).__name__} needs a closure that computes the loss again, several times a step",
-            where="optimizer.name",
+            where="[optimizer]",
             expected="an optimizer that updates from the gradients that are there",
             remedy="choose another one",
         )

@@ -14,7 +14,7 @@ from powertrain.context import Context
 from powertrain.errors import CheckpointError, CheckpointMismatch
 from powertrain.names import named_parameters, state_dict
 from powertrain.replicated import fill
-from powertrain.roles.checkpoint import CheckpointReader, CheckpointStore, Snapshot, TensorSlice
+from powertrain.roles.checkpoint import CheckpointReader, CheckpointStore, Snapshot, TensorInfo, TensorSlice
 from powertrain.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -267,25 +267,23 @@ def _connections(context: Context, reader: CheckpointReader) -> dict[str, torch.
     """Return what the communicator wants of the state that it left in the checkpoint, by name.
 
     That of this rank; where the ranks were of another number, the mean of every rank's, if they are of one shape,
-    so that the mean over the ranks is what it was. The state of one other rank is here at a time, and every rank reads
-    as often, whatever it wants.
+    so that the mean over the ranks is what it was. The state of one other rank is here at a time. Every rank reads as
+    often, whatever it finds of its own: reading is a matter of all.
     """
+    found: dict[str, dict[int, TensorInfo]] = {}
+    for full, info in reader.tensors.items():
+        rank, _, name = full.removeprefix(_OWN).partition("/")
+        if full.startswith(_OWN) and context.communicator.wants(name):
+            found.setdefault(name, {})[int(rank)] = info
+    if not found:
+        return {}
     saved = int(reader.values["world_size"])
     own = range(saved) if saved != context.mesh.world_size else [context.rank.index]
-    found: dict[str, list[str]] = {}
-    for full in reader.tensors:
-        rank, _, name = full.removeprefix(_OWN).partition("/")
-        if full.startswith(_OWN) and int(rank) in own and context.communicator.wants(name):
-            found.setdefault(name, []).append(full)
-    alike = [
-        name
-        for name, places in found.items()
-        if len(places) == len(own) and len({tuple(reader.tensors[full].shape) for full in places}) == 1
-    ]
+    whole = {name: infos for name, infos in found.items() if set(own) <= set(infos)}
+    alike = {name: infos for name, infos in whole.items() if len({infos[index].shape for index in own}) == 1}
     result: dict[str, torch.Tensor] = {}
     for index in own:
-        infos = {name: reader.tensors[f"{_OWN}{index}/{name}"] for name in alike}
-        copies = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
+        copies = {name: torch.empty(infos[index].shape, dtype=infos[index].dtype) for name, infos in alike.items()}
         fill(reader, [(f"{_OWN}{index}/{name}", copy) for name, copy in copies.items()])
         result = {name: result[name].add_(copy) if name in result else copy for name, copy in copies.items()}
     return {name: total.div_(len(own)) for name, total in result.items()}

@@ -317,18 +317,6 @@ def test_who_may_read_the_cache_may_read_what_is_built(tmp_path: Path, cache: Pa
     assert built.path.stat().st_mode & 0o444
 
 
-def test_one_rank_of_a_host_says_it(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The others would say the same: for them it is no warning."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    with caplog.at_level(logging.INFO, "powertrain.native"):
-        assert native.try_load(tiny(tmp_path / "source", 14), "the reference") is None
-    assert [record.levelname for record in caplog.records] == ["INFO"]
-
-
 def test_a_switch_that_is_neither_on_nor_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``POWERTRAIN_NATIVE=off`` does not run C++ in silence."""
     monkeypatch.setenv("POWERTRAIN_NATIVE", "off")

@@ -129,9 +129,8 @@ def _build(source: Source, key: str, tools: Toolchain, root: Path, progress: Pro
         (aside / RECORD).write_text(json.dumps({**record, "made": built.made}), encoding="utf-8")
         for waste in (*aside.glob("*.o"), *aside.glob(".ninja*")):
             waste.unlink()
-        aside.chmod(
-            stat.S_IMODE(root.stat().st_mode) & 0o755
-        )  # who may read the cache may read this, and not change it
+        # Who may read the cache may read this, and not change it.
+        aside.chmod(stat.S_IMODE(root.stat().st_mode) & 0o755)
         shutil.rmtree(built.path.parent, ignore_errors=True)
         try:
             aside.rename(built.path.parent)

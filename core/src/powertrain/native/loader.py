@@ -8,8 +8,8 @@ from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 
-from powertrain.environment import Rank, native_wanted
-from powertrain.errors import BuildFailed, LaunchError, NativeError
+from powertrain.environment import native_wanted
+from powertrain.errors import BuildFailed, NativeError
 from powertrain.native.builder import Built, build
 from powertrain.native.source import Source
 
@@ -66,14 +66,5 @@ def try_load(source: Source, purpose: str) -> ModuleType | None:
         failed = isinstance(error, BuildFailed)
         place = f" ({error.where})" if failed and error.where else ""
         more = "`powertrain kernels build` prints what the compiler says; " if failed and error.found else ""
-        level = logging.INFO if _another_speaks() else logging.WARNING
-        _log.log(level, "%s%s; %s runs instead. To fix: %s%s", error.message, place, purpose, more, error.remedy)
+        _log.warning("%s%s; %s runs instead. To fix: %s%s", error.message, place, purpose, more, error.remedy)
         return None
-
-
-def _another_speaks() -> bool:
-    """Return whether another rank of this host has the same to say, and is the first of them."""
-    try:
-        return Rank.from_environment().local_index > 0
-    except LaunchError:
-        return False

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import attrs
 import torch
@@ -47,7 +47,7 @@ class Collective:
     dimension: str
     input: torch.Tensor | None = None
     output: torch.Tensor | None = None
-    reduction: Reduction = "sum"
+    reduction: Reduction = attrs.field(default="sum", validator=attrs.validators.in_(get_args(Reduction)))
     peer: int | None = None
     input_splits: tuple[int, ...] | None = None
     output_splits: tuple[int, ...] | None = None
@@ -67,7 +67,7 @@ class Traffic:
     Attributes:
         operation: which one.
         dimension: along which dimension.
-        data: the first word of the label: what for.
+        data: what for: the label, up to a name or a number.
         calls: how often.
         bytes: sent to other ranks, in all.
         seconds: that they took, from start to end; 0 where nobody measured.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -51,9 +50,9 @@ def collectives() -> Iterator[Check]:
 def _all_reduce(name: str) -> Check:
     import torch  # noqa: F401  imported once, before the ranks are forked
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    from powertrain.testing.ports import free_port
+
+    port = free_port()
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     ranks = [context.Process(target=_rank, args=(name, index, port, answers), daemon=True) for index in range(RANKS)]

@@ -229,8 +229,6 @@ class SharedMemoryCommunicator(WrappedCommunicator):
         if source.dtype != target.dtype:
             raise ValueError(f"{operation} gives {source.dtype} and takes {target.dtype}: they must be of one type")
         if operation in REDUCES:
-            if collective.reduction not in REDUCTIONS:
-                raise ValueError(f"{operation} knows no {collective.reduction!r}, only {', '.join(REDUCTIONS)}")
             shape = FORMATS[target.dtype], REDUCTIONS[collective.reduction]
             _fits(operation, source.numel(), target.numel() * (count if operation == "reduce_scatter" else 1))
             return *head, *shape, 0, target.numel(), source.data_ptr(), target.data_ptr(), [], []
