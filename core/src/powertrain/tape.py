@@ -295,18 +295,19 @@ class Tape:
         """Return the generator's state after a record that draws; -1 is the entry of the block."""
         if index < 0:
             return self.entry
+        scratch = _Scratch()
         while index not in self._after:
-            self._advance(self._draws[self._known])
+            self._advance(self._draws[self._known], scratch)
             self._known += 1
         return self._after[index]
 
     @torch.no_grad()
-    def _advance(self, index: int) -> None:
+    def _advance(self, index: int, scratch: _Scratch) -> None:
         """Find the state after a record, all those before it being known."""
         record = self.records[index]
         if index in self._after or record.draw is None:
             return
-        view = _scratch if record.draw.pure else lambda ref: self.make(ref, index)
+        view = scratch if record.draw.pure else lambda ref: self.make(ref, index)
         with self._drawing(index) as extra:
             self._call(record, view, extra)
 
@@ -357,8 +358,23 @@ def entry_of(tensor: torch.Tensor) -> Entry | None:
     return found
 
 
-def _scratch(ref: Ref) -> torch.Tensor:
-    return torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype, device=_CPU)
+class _Scratch:
+    """Memory for numbers that nobody wants, one piece for all.
+
+    Allocated for each, they would take the memory of the whole model: the states that are kept in between lie down in
+    the gaps that they leave, and the next one fits into none.
+    """
+
+    def __init__(self) -> None:
+        self._storage = torch.empty(0, dtype=torch.uint8, device=_CPU).untyped_storage()
+
+    def __call__(self, ref: Ref) -> torch.Tensor:
+        """Return a tensor like the one that ``ref`` stands for, with arbitrary content."""
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(ref.size, ref.stride, strict=True))
+        nbytes = (reach if 0 not in ref.size else 0) * ref.dtype.itemsize
+        if nbytes > self._storage.nbytes():
+            self._storage = torch.empty(nbytes, dtype=torch.uint8, device=_CPU).untyped_storage()
+        return torch.empty(0, dtype=ref.dtype, device=_CPU).set_(self._storage, 0, ref.size, ref.stride)
 
 
 def _is_owned(leaf: Any) -> bool:
