@@ -81,3 +81,51 @@ def plain_dispatch() -> AbstractContextManager[Any]:
     """Return a context in which subclasses' ``__torch_function__`` is not asked; only a private name offers it."""
     context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return context
+
+
+def within_memory_budget(budget: float, backend: str) -> Callable[[Any, Any], Any]:
+    """Return a backend of ``torch.compile`` that keeps a share of the activations; torch's setting has no public name.
+
+    Args:
+        budget: 0: only the inputs of what is compiled; 1: all that is not cheap to compute again.
+        backend: what compiles, by its name.
+    """
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.registry import lookup_backend
+        from torch._functorch import config
+
+        with config.patch(activation_memory_budget=budget):
+            return lookup_backend(backend)(graph, inputs)
+
+    return compile_graph
+
+
+def compiler_trouble() -> str | None:
+    """Return what is wrong with the C++ compiler that ``torch.compile`` would use on a processor; None: nothing.
+
+    Only private names tell before it is used.
+    """
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError) as error:
+        return str(error)
+    return None
+
+
+def operator_names() -> list[str]:
+    """Return the full names of all operators there are, such as "aten.mm.default"; only a private name lists them."""
+    names = (name.replace("::", ".") for name in torch._C._dispatch_get_all_op_names())
+    return [name if name.count(".") > 1 else f"{name}.default" for name in names]
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without history over the same memory, in which writes into either show by ``version``.
+
+    Below autograd, where dispatch modes run, ``detach`` alone would give it a version of its own.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()

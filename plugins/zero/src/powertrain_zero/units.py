@@ -7,24 +7,19 @@ instance of the model's repeated block is a unit; what lies outside of them
 
 from __future__ import annotations
 
-import fnmatch
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
 
-from powertrain.errors import ShardingError
+from powertrain.blocks import LISTS, choose_blocks
 from powertrain.names import named_parameters
-from powertrain.text import did_you_mean, some
 
 ROOT = "(root)"
 """The name of the unit of what no other unit holds."""
 
 Named = tuple[str, torch.nn.Parameter]
-
-_LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
-"""Modules that are never called themselves."""
 
 
 @attrs.frozen(eq=False)
@@ -108,96 +103,10 @@ def _users(model: torch.nn.Module, units: Mapping[torch.nn.Module, int]) -> dict
 
 def _groups(model: torch.nn.Module, unit: str | int | Sequence[str] | None) -> list[list[str]]:
     """Return the paths of each unit's modules, outer ones before those nested in them."""
-    if unit is None:
-        kind = repeated_block(model)
-        return [] if kind is None else [[path] for path in _outermost(model, kind)]
     if isinstance(unit, int):
         return list(_by_size(model, unit))
-    if isinstance(unit, str) and ("." in unit or "*" in unit):
-        unit = [unit]
-    if not isinstance(unit, str):
-        return [[path] for path in _by_path(model, list(unit))]
-    paths = [path for path, module in model.named_modules() if type(module).__name__ == unit and path]
-    if not paths:
-        classes = Counter(type(module).__name__ for path, module in model.named_modules() if path)
-        shown = some([f"{name} ({count})" for name, count in classes.most_common()]) or "it has no module within"
-        raise ShardingError(
-            f"no module of the model is a {unit!r}{did_you_mean(unit, list(classes))}",
-            where="zero.unit",
-            expected=f"the class of some module: {shown}",
-            found=repr(unit),
-            remedy="name one of these classes, list module paths, give a number of parameters, or leave the key out",
-        )
-    return [[path] for path in paths]
-
-
-def repeated_block(model: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """Return the class of the model's repeated block: of the outermost lists of modules, that with most parameters."""
-    weights: Counter[type[torch.nn.Module]] = Counter()
-    for _, container in _lists(model, ""):
-        for kind, count in _kinds(container).items():
-            if count > 1:
-                weights[kind] += sum(
-                    param.numel()
-                    for child in container.children()
-                    if type(child) is kind
-                    for param in child.parameters()
-                )
-    heaviest = [kind for kind, numel in weights.most_common(1) if numel > 0]
-    return heaviest[0] if heaviest else None
-
-
-def _lists(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield lists of modules that are in no other list."""
-    repeats = any(count > 1 for count in _kinds(module).values())
-    if isinstance(module, (*_LISTS, torch.nn.Sequential)) and repeats:
-        yield path, module
-        return
-    for name, child in module.named_children():
-        yield from _lists(child, f"{path}.{name}" if path else name)
-
-
-def _kinds(module: torch.nn.Module) -> Counter[type[torch.nn.Module]]:
-    """Count the classes of a module's children, lists excepted."""
-    return Counter(type(child) for child in module.children() if not isinstance(child, _LISTS))
-
-
-def _outermost(model: torch.nn.Module, kind: type[torch.nn.Module]) -> Iterator[str]:
-    """Yield the paths of the modules of a class that are in no other of that class."""
-    last = None
-    for path, module in model.named_modules():
-        if type(module) is kind and path and not (last is not None and path.startswith(last + ".")):
-            last = path
-            yield path
-
-
-def _by_path(model: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
-    paths = [path for path, _ in model.named_modules() if path]
-    chosen: set[str] = set()
-    for pattern in patterns:
-        # A star stands for one component, so that "blocks.*" is each block and not all that is in them.
-        depth = pattern.count(".")
-        found = [path for path in paths if path.count(".") == depth and fnmatch.fnmatchcase(path, pattern)]
-        if not found:
-            near = [path for path in paths if path.count(".") == depth] or paths
-            shown = some(near) or "it has no module within"
-            raise ShardingError(
-                f"no module of the model has the path {pattern!r}{did_you_mean(pattern, paths)}",
-                where="zero.unit",
-                expected=f"the path of a module: {shown}",
-                found=repr(pattern),
-                remedy="name one of these paths; a star stands for one component",
-            )
-        if lists := [path for path in found if isinstance(model.get_submodule(path), _LISTS)]:
-            raise ShardingError(
-                f"{lists[0]} is a list of modules, which is never called itself",
-                where="zero.unit",
-                expected="modules with a forward of their own",
-                found=repr(pattern),
-                remedy=f'write "{lists[0]}.*" for each of its members',
-            )
-        chosen.update(found)
-    return [path for path in paths if path in chosen]
+    remedy = "name one of these classes, list module paths, give a number of parameters, or leave the key out"
+    return [[path] for path in choose_blocks(model, unit, where="zero.unit", remedy=remedy)]
 
 
 def _by_size(model: torch.nn.Module, limit: int) -> Iterator[list[str]]:
@@ -220,7 +129,7 @@ def _pieces(module: torch.nn.Module, path: str, limit: int) -> Iterator[tuple[st
         numel = sum(param.numel() for param in child.parameters())
         if numel == 0:
             continue
-        if not isinstance(child, _LISTS) and (numel <= limit or not any(True for _ in child.children())):
+        if not isinstance(child, LISTS) and (numel <= limit or not any(True for _ in child.children())):
             yield below, numel
         else:
             yield from _pieces(child, below, limit)
