@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from powertrain.registry import Registry
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.communicator import Communicator
+    from powertrain.roles.tier import Category, Tier
 
 
 def _birth() -> Birth:
@@ -52,3 +53,18 @@ class Context:
     recipe: Recipe
     hooks: Registry
     birth: Birth = attrs.field(factory=_birth)
+    _tiers: dict[Category, Tier] = attrs.field(factory=dict, init=False, repr=False)
+
+    def tier(self, category: Category) -> Tier:
+        """Return where state of a category rests: on the device, unless a plugin says otherwise."""
+        if category not in self._tiers:
+            from powertrain.roles.tier import DeviceTier
+
+            found: Tier | None = self.hooks.one("make_tier", category=category, context=self)
+            self._tiers[category] = found or DeviceTier(self.device)
+        return self._tiers[category]
+
+    def close_tiers(self) -> None:
+        """Give up what the tiers hold; the engine calls it at its end, when nothing of them is used any more."""
+        for tier in self._tiers.values():
+            tier.close()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GROUP = "powertrain.plugins"
 """The entry-point group of every plugin."""
 
-ROLES = ("accelerator", "communicator", "checkpoint")
+ROLES = ("accelerator", "communicator", "checkpoint", "files")
 """Roles whose providers are asked although no section names them (keyword ``powertrain-<role>``)."""
 
 

@@ -389,6 +389,7 @@ class Engine:
             finally:
                 access.release(self.module, self.optimizer_wrapper)
                 self.optimizer_wrapper.close()
+                self.context.close_tiers()
                 self.context.communicator.close()
                 self.context.accelerator.release_unused(self.context.device)
 

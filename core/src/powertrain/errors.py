@@ -34,9 +34,16 @@
     │   ├── ShardCorrupt            PT605  a file's bytes do not match their checksum
     │   ├── CheckpointMismatch      PT606  made from another model
     │   └── CheckpointWriteFailed   PT607  a save did not reach the disk
-    └── NativeError                 PT700
-        ├── CompilerMissing         PT701  nothing can build C++ here
-        └── BuildFailed             PT702  C++ that did not compile, load, or come in time
+    ├── NativeError                 PT700
+    │   ├── CompilerMissing         PT701  nothing can build C++ here
+    │   └── BuildFailed             PT702  C++ that did not compile, load, or come in time
+    └── StorageError                PT800
+        ├── StorageUnwritable       PT801  a path that state cannot rest at
+        ├── StorageUnfit            PT802  a file system that is the wrong kind of place for it
+        ├── StorageFull             PT803  less free space than the state needs
+        ├── EngineUnavailable       PT804  the I/O engine that is asked for does not work here
+        ├── HostMemoryShort         PT805  less host memory than the state needs
+        └── TransferFailed          PT806  a read or write that failed, or came out short, during the run
 
 A user's mistake exits a command with 2, a failure of the run with 1.
 """
@@ -369,3 +376,57 @@ class BuildFailed(NativeError):
         "try another compiler (CXX=…), or go on without, by POWERTRAIN_NATIVE=0: the PyTorch reference gives the same "
         "answers, more slowly"
     )
+
+
+class StorageError(PowertrainError):
+    """State that rests outside the device could not be kept there."""
+
+    code = "PT800"
+    advice = "see the storage and what it says; the last checkpoint still loads"
+
+
+class StorageUnwritable(StorageError):
+    """State cannot rest at this path: it is not there, no directory, or not writable."""
+
+    code = "PT801"
+    exit_code = 2
+    advice = "name a directory on a local disk that this user may write to"
+
+
+class StorageUnfit(StorageError):
+    """The file system at this path is the wrong kind of place: memory, or a network."""
+
+    code = "PT802"
+    exit_code = 2
+    advice = "name a directory on a local disk"
+
+
+class StorageFull(StorageError):
+    """There is less free space than the state needs."""
+
+    code = "PT803"
+    exit_code = 2
+    advice = "free space, or name a larger disk"
+
+
+class EngineUnavailable(StorageError):
+    """The I/O engine that is asked for does not work here."""
+
+    code = "PT804"
+    exit_code = 2
+    advice = "leave the key out, for the fastest engine that works here"
+
+
+class HostMemoryShort(StorageError):
+    """There is less host memory than the state needs."""
+
+    code = "PT805"
+    exit_code = 2
+    advice = "let it rest on a disk, or use more hosts"
+
+
+class TransferFailed(StorageError):
+    """A read or write failed during the run, or moved fewer bytes than it had to."""
+
+    code = "PT806"
+    advice = "see to the disk, then resume from the last checkpoint, which is untouched"

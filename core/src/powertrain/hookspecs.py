@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.checkpoint import CheckpointStore
     from powertrain.roles.communicator import Communicator
+    from powertrain.roles.files import FileEngine
     from powertrain.roles.optimizer import OptimizerFactory, OptimizerWrapper
     from powertrain.roles.runner import StepRunner
     from powertrain.roles.sampler import Sampler
+    from powertrain.roles.tier import Category, Tier
 
 hookspec = HookspecMarker("powertrain")
 hookimpl = HookimplMarker("powertrain")
@@ -87,6 +89,22 @@ def make_runner(engine: Engine) -> StepRunner | None:
 @hookspec
 def make_checkpoint_store(uri: str, context: Context) -> CheckpointStore | None:
     """Return the store that keeps checkpoints under ``uri`` (a directory unless it has a scheme)."""
+
+
+@hookspec
+def make_tier(category: Category, context: Context) -> Tier | None:
+    """Return where state of a category rests between uses; the core's default leaves it on the device.
+
+    Asked through ``context.tier``, once for each category that somebody keeps.
+    """
+
+
+@hookspec
+def make_file_engine(context: Context | None) -> FileEngine | None:
+    """Return what moves bytes between memory and files; without one, who needs files opens them as Python does.
+
+    ``context`` is None for commands, which run without an engine.
+    """
 
 
 @hookspec

@@ -46,7 +46,7 @@ def select(
     strict = strict_plugins(environ)
     known = installed(config.plugins.pin)
     named, direct = _named(config, schemas, known)
-    wanted = {"accelerator", "checkpoint"} | ({"communicator"} if world_size > 1 else set())
+    wanted = {"accelerator", "checkpoint", "files"} | ({"communicator"} if world_size > 1 else set())
     providers = [
         name
         for name, entry in known.items()

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powertrain_zero.flat import ALIGN, Segment, flat_layout
+from powertrain_zero.chunk import Segment
+from powertrain_zero.flat import ALIGN, flat_layout
 
 shapes = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=8)
 

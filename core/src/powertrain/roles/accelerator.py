@@ -117,6 +117,9 @@ class Accelerator(ABC):
     def wait(self, stream: Any, event: Any) -> None:
         """Make later work on ``stream`` wait for ``event`` (capability ``streams``)."""
 
+    def finish(self, event: Any) -> None:
+        """Let the host wait until ``event`` fires (capability ``streams``)."""
+
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return host memory holding ``tensor`` from which copies run beside compute (``pinned``)."""
         return tensor

@@ -11,6 +11,26 @@ import torch
 
 from powertrain.errors import CheckpointError
 from powertrain.layout import Box, boxes
+from powertrain.roles.tier import DeviceSlot, Lease, Slot
+
+
+class Loan:
+    """Some elements of a slice in memory, until ``store`` or ``release``: a ``Lease`` with a type."""
+
+    def __init__(self, lease: Lease, dtype: torch.dtype) -> None:
+        self._lease, self._dtype = lease, dtype
+
+    def wait(self) -> torch.Tensor:
+        """Return the elements, flat, when they are here."""
+        return self._lease.wait().view(self._dtype)
+
+    def store(self) -> None:
+        """Keep what was written into them."""
+        self._lease.store()
+
+    def release(self) -> None:
+        """Keep what rests."""
+        self._lease.release()
 
 
 @attrs.frozen(eq=False)
@@ -20,9 +40,12 @@ class TensorSlice:
     Attributes:
         name: the global name, the same under every layout ("model/blocks.0.weight").
         shape: the global shape.
-        tensor: the elements, flat and contiguous; loading writes into it.
+        tensor: the elements, flat and contiguous; loading writes into it. On the meta device where they rest
+            elsewhere, and come by ``lend``.
         start: the first element, counted in the block's row-major order.
         block: the part of the tensor that ``start`` counts in; None for all of it.
+        slot: where the elements rest; None where ``tensor`` has them.
+        first: their first byte in the slot.
     """
 
     name: str
@@ -30,9 +53,32 @@ class TensorSlice:
     tensor: torch.Tensor
     start: int = 0
     block: Box | None = None
+    slot: Slot | None = None
+    first: int = 0
+
+    @classmethod
+    def at_rest(
+        cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, numel: int, start: int, slot: Slot, first: int
+    ) -> TensorSlice:
+        """Return a slice of ``numel`` elements that rest in ``slot`` from byte ``first`` on."""
+        return cls(name, shape, torch.empty(numel, dtype=dtype, device="meta"), start, None, slot, first)
+
+    def lend(self, start: int = 0, stop: int | None = None, *, blank: bool = False) -> Loan:
+        """Start to bring elements ``start`` to ``stop`` of the slice into the host's memory, or lend it for new ones.
+
+        Elements that lie in memory are lent where they lie, on their device.
+        """
+        end = self.tensor.numel() if stop is None else stop
+        size = self.tensor.element_size()
+        if self.slot is None:
+            flat = self.tensor.view(-1)
+            return Loan(DeviceSlot(flat[start:end].view(torch.uint8)).fetch(), self.tensor.dtype)
+        take = self.slot.blank if blank else self.slot.fetch
+        lease = take(self.first + start * size, self.first + end * size, torch.device("cpu"))
+        return Loan(lease, self.tensor.dtype)
 
     def chunks(self) -> list[tuple[Box, torch.Tensor]]:
-        """Return the slice as boxes of the global tensor, each with its elements (views)."""
+        """Return the slice as boxes of the global tensor, each with its elements (views; meta where they rest)."""
         sizes = self.shape if self.block is None else self.block.sizes
         shift = (0,) * len(self.shape) if self.block is None else self.block.offsets
         flat = self.tensor.view(-1)

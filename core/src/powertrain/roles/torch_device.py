@@ -170,6 +170,11 @@ class TorchDeviceAccelerator(Accelerator):
         """Make later work on ``stream`` wait for ``event``; None means the current stream."""
         (self.module.current_stream() if stream is None else stream).wait_event(event)
 
+    def finish(self, event: Any) -> None:
+        """Let the host wait for an event."""
+        if event is not None:
+            event.synchronize()
+
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return page-locked host memory that holds ``tensor``; itself if it is that already."""
         return tensor.pin_memory()

@@ -3,96 +3,33 @@
 The parameters are views of the whole buffer, always with their true shapes.
 Where the whole rests only while it is needed, its storage is resized to zero
 in between; the views stay. What the optimizer updates (the masters) are views
-of the rank's slice, one for each parameter that the slice touches.
+of the rank's slice, one for each parameter that the slice touches, or that each
+chunk of the slice does.
+
+The slice is what units are gathered from (``source``), in the masters' format and
+the masters themselves; unless state rests where the device does not compute. Then
+masters of their own rest there, and the source is in the model's format.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import attrs
 import torch
 
 from powertrain.birth import Birth, settle
 from powertrain.layout import FlatEntry, FlatLayout
-from powertrain.roles.checkpoint import TensorSlice
 from powertrain.roles.communicator import Communicator
-from powertrain.roles.optimizer import device_of_state
+from powertrain.roles.tier import DeviceSlot, Lease, Slot
 from powertrain_zero.arena import Arena
+from powertrain_zero.chunk import Chunk, Segment, Tiers, cut, hollow
 from powertrain_zero.freed import mark_closed, mark_freed, mark_whole
 from powertrain_zero.groups import Groups
 from powertrain_zero.units import Named
 
 ALIGN = 16
 """Elements: parameters and shards start at 64 bytes in fp32, as vector units like it."""
-
-
-@attrs.frozen(eq=False)
-class Segment:
-    """The part of one parameter that lies in this rank's shard.
-
-    Attributes:
-        index: of the parameter's entry in the layout.
-        name: the parameter's global name.
-        shape: its global shape.
-        start: the first element, counted in the parameter.
-        offset: the first element, counted in the shard.
-        master: what the optimizer updates, a view of the shard.
-    """
-
-    index: int
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    offset: int
-    master: torch.nn.Parameter
-
-    def of(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return this segment of a buffer with the shard's layout, in the master's shape."""
-        return shard[self.offset : self.offset + self.master.numel()].view(self.master.shape)
-
-    def is_cut(self, key: str, shape: Sequence[int]) -> bool:
-        """Return whether an entry of optimizer state goes with the parameter's elements: not a step count."""
-        return tuple(shape) == self.shape and key != "step"
-
-    def share(self, key: str, value: Any, dtype: torch.dtype, group: Mapping[str, Any], block: int = 0) -> Any:
-        """Return this segment's part of a whole parameter's optimizer state, a copy where the master's rests.
-
-        Args:
-            key: of the entry.
-            value: a tensor of the parameter's shape, another tensor, or anything else, which stays as it is.
-            dtype: of the result, where it goes with the elements and is floating-point.
-            group: the parameter's group.
-            block: it has one element for so many of the parameter's; 0: it has not.
-        """
-        if not isinstance(value, torch.Tensor) or value.is_meta:
-            return value
-        if block:
-            first = self.start // block
-            return value.detach()[first : first + self.blocks(block)].to(self.master.device, copy=True)
-        if not self.is_cut(key, value.shape):
-            return value.detach().to(device_of_state(key, group, self.master.device), copy=True)
-        part = value.detach().reshape(-1)[self.start : self.start + self.master.numel()].view(self.master.shape)
-        return part.to(self.master.device, dtype if part.is_floating_point() else part.dtype, copy=True)
-
-    def blocks(self, block: int) -> int:
-        """Return how many blocks of a length this segment has; it starts where one does."""
-        return -(-self.master.numel() // block)
-
-    def slice(self, prefix: str, tensor: torch.Tensor, block: int = 0) -> TensorSlice:
-        """Return ``tensor`` as a slice of a global one.
-
-        What has not the master's shape (a step count, a factored moment of a whole tensor) is a global tensor itself,
-        unless it has one element for each ``block`` of the parameter's.
-        """
-        if block:
-            shape = (-(-math.prod(self.shape) // block),)
-            return TensorSlice(prefix, shape, tensor.detach(), self.start // block)
-        if tensor.shape != self.master.shape:
-            return TensorSlice(prefix, tuple(tensor.shape), tensor.detach().reshape(-1))
-        return TensorSlice(prefix, self.shape, tensor.detach().reshape(-1), self.start)
 
 
 class Flat:
@@ -106,15 +43,20 @@ class Flat:
         communicator: allocates buffers that stay.
         birth: gives the parameters their first values.
         arena: holds slices that are no part of a whole buffer.
+        tiers: where the slice and its masters rest.
         resident: whether the whole buffer stays; otherwise it is empty until ``allocate``.
+        pieces: whether any piece of a parameter may be updated alone.
         whole_tensors: whether each parameter lies in one rank's slice as a whole.
         multiple: the slice's length is a multiple of this many elements.
         align: each parameter starts at a multiple of this many.
         turn: the slice at which whole tensors start to be dealt out.
 
     Attributes:
-        shard: this rank's slice, flat, in ``master_dtype``.
         full: the whole buffer; its storage is empty where it does not rest.
+        apart: masters are not what is gathered from.
+        source: holds this rank's slice, which is gathered from.
+        source_dtype: its format.
+        chunks: ranges of the slice with their masters, in order.
     """
 
     def __init__(
@@ -127,7 +69,9 @@ class Flat:
         communicator: Communicator,
         birth: Birth,
         arena: Arena,
+        tiers: Tiers,
         resident: bool,
+        pieces: bool = True,
         whole_tensors: bool = False,
         multiple: int = ALIGN,
         align: int = ALIGN,
@@ -141,46 +85,136 @@ class Flat:
         self.numel = self.layout.numel
         self.shard_numel = self.numel // groups.shards
         self.resident = resident
+        self.master_dtype = master_dtype
         self.begin = groups.index * self.shard_numel
-        self._names = {name: index for index, (name, _) in enumerate(self.named)}
+        self.label = f"{self.named[0][0]} … ({len(self.named)} parameters)"
+        self.apart = self.trainable and masters_apart(tiers, dtype, master_dtype, communicator.device)
+        self.overlaps = self._find_overlaps()
         if resident:
             self.full = communicator.empty(self.numel, dtype, groups.shard)
             self.full.zero_()
-        if resident and dtype == master_dtype:
-            self.shard = self.own(self.full)
-        else:
-            self.shard = arena.take(self.shard_numel, master_dtype)
+        self.source_dtype = dtype if self.apart or (resident and dtype == master_dtype) else master_dtype
+        self.source = self._make_source(dtype, tiers, arena)
+        limit = self._limit(tiers) if pieces and not whole_tensors else None
+        self.chunks = [self._make_chunk(start, stop, tiers) for start, stop in cut(self.shard_numel, limit, align)]
         self._fill(birth)
         if not resident:  # only now: while a first value is computed, there is no second buffer of its size
             self.full = torch.empty(self.numel, dtype=dtype, device=communicator.device)
         for entry, (_, param) in zip(self.layout.entries, self.named, strict=True):
             settle(param, self.full[entry.start : entry.stop].view(entry.shape))
-        self.segments = [
-            self._segment(index, entry, whole_tensors) for index, entry in enumerate(self.layout.entries)
-            if self._overlap(entry)[0] < self._overlap(entry)[1]
-        ]  # fmt: skip
+        for chunk in self.chunks:
+            self._make_segments(chunk, whole_tensors)
         if not resident:
             self.free()  # views can only be made of memory that is there
 
+    # --- construction -----------------------------------------------------------------
+
+    def _make_source(self, dtype: torch.dtype, tiers: Tiers, arena: Arena) -> Slot:
+        """Return where this rank's slice rests."""
+        if self.resident and self.source_dtype == dtype:
+            return DeviceSlot(self.own(self.full).view(torch.uint8))
+        if self.resident or tiers.parameters.stays:
+            return DeviceSlot(arena.take(self.shard_numel, self.source_dtype).view(torch.uint8))
+        return tiers.parameters.reserve(f"parameters {self.label}", self.shard_numel * self.source_dtype.itemsize)
+
+    def _limit(self, tiers: Tiers) -> int | None:
+        """Return how many elements a chunk has at most; None where nothing of it moves."""
+        moved = (tiers.optimizer, tiers.gradients) if self.trainable else ()
+        grains = [tier.grain for tier in moved if not tier.stays]
+        if self.source.resident is None:
+            grains.append(tiers.parameters.grain)
+        return min(grains) // self.master_dtype.itemsize if grains else None
+
+    def _make_chunk(self, start: int, stop: int, tiers: Tiers) -> Chunk:
+        nbytes = (stop - start) * self.master_dtype.itemsize
+        place = tiers.optimizer.place(nbytes) if self.trainable else tiers.parameters
+        if not self.apart:
+            return Chunk(start, stop, self.master_dtype, place, self.source, start * self.master_dtype.itemsize)
+        return Chunk(start, stop, self.master_dtype, place, place.reserve(f"masters {self.label}", nbytes), 0)
+
+    def _find_overlaps(self) -> list[tuple[int, int, int]]:
+        """Return what this rank's slice has of parameters: their indices, with start and stop in the slice."""
+        found = []
+        for index, entry in enumerate(self.layout.entries):
+            start = max(entry.start, self.begin) - self.begin
+            stop = min(entry.stop, self.begin + self.shard_numel) - self.begin
+            if start < stop:
+                found.append((index, start, stop))
+        return found
+
+    def _within(self, chunk: Chunk) -> list[tuple[int, int, int]]:
+        """Return what a chunk has of parameters, as ``overlaps``."""
+        parts = [(i, max(start, chunk.start), min(stop, chunk.stop)) for i, start, stop in self.overlaps]
+        return [(index, start, stop) for index, start, stop in parts if start < stop]
+
     def _fill(self, birth: Birth) -> None:
         """Take over the first values."""
-        for entry, (name, param) in zip(self.layout.entries, self.named, strict=True):
-            if self.resident:
+        if self.resident:
+            for entry, (name, param) in zip(self.layout.entries, self.named, strict=True):
                 birth.fill(name, param, self.full[entry.start : entry.stop])
-            start, stop = self._overlap(entry)
-            if start < stop and (not self.resident or self.full.dtype != self.shard.dtype):
-                birth.fill(name, param, self.shard[start - self.begin : stop - self.begin], start - entry.start)
+            if self.source_dtype == self.full.dtype and not self.apart:
+                return
+        for chunk in self.chunks:
+            lease = chunk.blank()
+            masters = lease.wait().view(chunk.dtype)
+            masters.zero_()
+            for index, start, stop in self._within(chunk):
+                name, param = self.named[index]
+                first = self.begin + start - self.layout.entries[index].start
+                birth.fill(name, param, masters[start - chunk.start : stop - chunk.start], first)
+            if self.apart and not self.resident:
+                self.write(chunk, masters)
+            lease.store()
 
-    def _overlap(self, entry: FlatEntry) -> tuple[int, int]:
-        """Return where a parameter and this rank's slice meet, in elements of the buffer."""
-        return max(entry.start, self.begin), min(entry.stop, self.begin + self.shard_numel)
+    def write(self, chunk: Chunk, masters: torch.Tensor) -> None:
+        """Convert a chunk's masters to the source's format, and store them there."""
+        lease = self.blank(chunk)
+        lease.wait().view(self.source_dtype).copy_(masters)
+        lease.store()
 
-    def _segment(self, index: int, entry: FlatEntry, whole_tensors: bool) -> Segment:
-        start, stop = self._overlap(entry)
-        offset = start - self.begin
-        part = self.shard[offset : offset + stop - start]
-        master = torch.nn.Parameter(part.view(entry.shape) if whole_tensors else part, requires_grad=self.trainable)
-        return Segment(index, self.named[index][0], entry.shape, start - entry.start, offset, master)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Let what units are gathered from follow masters that were written apart from it."""
+        for chunk in self.chunks if self.apart else ():
+            lease = chunk.fetch()
+            self.write(chunk, lease.wait().view(chunk.dtype))
+            lease.release()
+
+    def _make_segments(self, chunk: Chunk, whole_tensors: bool) -> None:
+        values = chunk.resident
+        for index, start, stop in self._within(chunk):
+            entry = self.layout.entries[index]
+            shape = entry.shape if whole_tensors else (stop - start,)
+            if values is None:
+                part = hollow(shape, chunk.dtype, chunk.device)
+            else:
+                part = values[start - chunk.start : stop - chunk.start].view(shape)
+            master = torch.nn.Parameter(part, requires_grad=self.trainable)
+            first = self.begin + start - entry.start
+            chunk.segments.append(Segment(index, entry.name, entry.shape, first, start, master))
+        if values is None:
+            chunk.unbind()
+
+    # --- what there is ------------------------------------------------------------------
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All parts of parameters in this rank's slice."""
+        return [segment for chunk in self.chunks for segment in chunk.segments]
+
+    @property
+    def shard(self) -> torch.Tensor | None:
+        """This rank's slice, where it always lies in memory."""
+        return None if self.source.resident is None else self.source.resident.view(self.source_dtype)
+
+    def fetch(self) -> Lease:
+        """Start to bring this rank's slice to the device."""
+        return self.source.fetch()
+
+    def blank(self, chunk: Chunk) -> Lease:
+        """Lend memory for a chunk of the slice, where the chunk is updated."""
+        size = self.source_dtype.itemsize
+        return self.source.blank(chunk.start * size, chunk.stop * size, chunk.device)
 
     def own(self, buffer: torch.Tensor) -> torch.Tensor:
         """Return this rank's slice of a buffer with the whole layout."""
@@ -224,17 +258,31 @@ class Flat:
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """Carry what was written into the whole buffer over to the shard.
+        """Carry what was written into the whole buffer over to the slice.
 
         Elements that were not written keep the precision of the master.
         """
         own = self.own(self.full)
-        if own.data_ptr() == self.shard.data_ptr():
+        if self.source.resident is not None and own.data_ptr() == self.source.resident.data_ptr() and not self.apart:
             return
-        if own.dtype == self.shard.dtype:
-            self.shard.copy_(own)
-        else:
-            self.shard.copy_(torch.where(self.shard.to(own.dtype) == own, self.shard, own.to(self.shard.dtype)))
+        for chunk in self.chunks:
+            lease = chunk.fetch()
+            masters, new = lease.wait().view(chunk.dtype), own[chunk.start : chunk.stop].to(chunk.device)
+            if new.dtype == masters.dtype:
+                masters.copy_(new)
+            else:
+                masters.copy_(torch.where(masters.to(new.dtype) == new, masters, new.to(masters.dtype)))
+            if self.apart and not self.resident:
+                self.write(chunk, masters)
+            lease.store()
+
+
+def masters_apart(tiers: Tiers, dtype: torch.dtype, master: torch.dtype, device: torch.device) -> bool:
+    """Return whether masters rest apart from what units are gathered from.
+
+    Only where they rest elsewhere than the device, and are another format, or used on another device.
+    """
+    return not tiers.optimizer.stays and (dtype != master or tiers.optimizer.device != device)
 
 
 def flat_layout(

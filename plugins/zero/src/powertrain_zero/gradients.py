@@ -3,7 +3,9 @@
 Each gradient is moved into a whole buffer as soon as autograd has it. At stage 1,
 several micro-batches add up in one such buffer that stays, and is reduced once
 a step. From stage 2 on, and for a single micro-batch, the buffer is borrowed for
-the time between the first gradient and the end of the reduction, and shards add up.
+the time between the first gradient and the end of the reduction, and shards add up,
+where they rest: those that rest elsewhere than on the device leave as soon as a
+reduction has ended.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 
 from powertrain.compat import owns_its_memory
 from powertrain.roles.communicator import Communicator, Handle
+from powertrain.roles.tier import DeviceSlot, Lease, Slot, Tier
 from powertrain_zero.arena import Arena
 from powertrain_zero.flat import Flat
 from powertrain_zero.groups import Groups
@@ -85,7 +88,8 @@ class FlatGradients:
         pool: lends buffers in the format that travels.
         flights: reductions under way, of all flats; the oldest is ended when there are too many.
         accumulate: the format in which they add up.
-        arena: holds the shards.
+        arena: holds the shards that rest on the device.
+        tier: where the shards rest.
         whole: whether micro-batches add up in a whole buffer (stage 1) or in the shard.
 
     Attributes:
@@ -103,10 +107,12 @@ class FlatGradients:
         flights: deque[FlatGradients],
         accumulate: torch.dtype,
         arena: Arena,
+        tier: Tier,
         *,
         whole: bool,
     ) -> None:
         self.flat = flat
+        self.dtype = accumulate
         self.used = [False] * len(flat.named)
         self.anywhere = [False] * len(flat.named)
         self._groups = groups
@@ -116,7 +122,9 @@ class FlatGradients:
         self._flights = flights
         self._gaps = flat.gaps()
         self._whole = communicator.empty(flat.numel, accumulate, groups.shard) if whole else None
-        self._shard = None if whole else arena.take(flat.shard_numel, accumulate)
+        self._slot = self._make_slot(tier, arena)
+        self._lease: Lease | None = None  # of a shard that rests elsewhere, while a reduction is under way
+        self._norms: list[torch.Tensor] = []
         self._open: torch.Tensor | None = None  # where gradients go that have not been sent
         self._filled = [False] * len(flat.named)  # which parts of it are defined
         # What is waited for before a reduction starts: everything, and after a step what any step has used.
@@ -130,13 +138,35 @@ class FlatGradients:
         self._early = False  # it was sent incomplete in this micro-batch
         pool.fit(flat.numel)
 
+    def _make_slot(self, tier: Tier, arena: Arena) -> Slot:
+        """Return where the shard rests."""
+        if self._whole is not None:
+            return DeviceSlot(self.flat.own(self._whole).view(torch.uint8))
+        if tier.stays:
+            return DeviceSlot(arena.take(self.flat.shard_numel, self.dtype).view(torch.uint8))
+        return tier.reserve(f"gradients {self.flat.label}", self.flat.shard_numel * self.dtype.itemsize)
+
     @property
-    def shard(self) -> torch.Tensor:
-        """The mean gradient of this rank's shard, once all is settled."""
-        if self._shard is not None:
-            return self._shard
-        assert self._whole is not None
-        return self.flat.own(self._whole)
+    def shard(self) -> torch.Tensor | None:
+        """The mean gradient of this rank's shard, once all is settled; None where it rests elsewhere."""
+        return None if self._slot.resident is None else self._slot.resident.view(self.dtype)
+
+    def fetch(self, start: int, stop: int, device: torch.device) -> Lease:
+        """Start to bring elements of the shard to a device."""
+        size = self.dtype.itemsize
+        return self._slot.fetch(start * size, stop * size, device)
+
+    def norms(self) -> list[tuple[int, torch.Tensor]]:
+        """Return the parameters that the ranks have agreed to have a gradient, with the norms of what lies here."""
+        shard = self.shard
+        found = self._norms if shard is None else self._norms_of(shard)
+        indices = [index for index, _, _ in self.flat.overlaps]
+        return [(index, norm) for index, norm in zip(indices, found, strict=True) if self.anywhere[index]]
+
+    def _norms_of(self, shard: torch.Tensor) -> list[torch.Tensor]:
+        # A norm in 16 bits rounds, or is beyond their range.
+        dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
+        return [torch.linalg.vector_norm(shard[start:stop], dtype=dtype) for _, start, stop in self.flat.overlaps]
 
     @property
     def complete(self) -> bool:
@@ -244,31 +274,47 @@ class FlatGradients:
             buffer = self._borrow()
             buffer[: self.flat.numel].copy_(self._open)
         whole = buffer[: self.flat.numel]
-        label = f"gradients of {self.flat.named[0][0]} … ({len(self.flat.named)} parameters)"
-        # The first reduction of a step leaves its result where the shard rests; later ones are added.
-        direct = not self._begun and self.shard.dtype == whole.dtype
-        output = self.shard if direct else self.flat.own(whole)
-        self._flight = (self._wire.reduce(output, whole, label), buffer)
+        if self._slot.resident is None:
+            self._lease = self._slot.fetch() if self._begun else self._slot.blank()
+        # The first reduction of a step leaves its result where the shard is; later ones are added.
+        direct = not self._begun and self.dtype == whole.dtype
+        output = self._present() if direct else self.flat.own(whole)
+        self._flight = (self._wire.reduce(output, whole, f"gradients of {self.flat.label}"), buffer)
         self._flights.append(self)
         self._open = None
+
+    def _present(self) -> torch.Tensor:
+        """Return the shard in memory, that which is on loan where it rests elsewhere."""
+        shard = self.shard if self._lease is None else self._lease.wait().view(self.dtype)
+        assert shard is not None, "a shard that rests elsewhere is touched while it is not on loan"
+        return shard
+
+    def _put_away(self) -> None:
+        """Send a shard that was on loan to where it rests; its norms are known then."""
+        if self._lease is not None:
+            self._norms = self._norms_of(self._present())
+            self._lease.store()
+            self._lease = None
 
     def settle(self) -> None:
         """Wait for the reduction under way, and add its result to the shard."""
         if self._crossing is not None:
             self._crossing.wait()
             self._crossing = None
+            self._put_away()
         if self._flight is None:
             return
         handle, buffer = self._flight
         self._flight = None
         self._flights.remove(self)
         handle.wait()
-        own = self.flat.own(buffer)
+        own, shard = self.flat.own(buffer), self._present()
         if self._begun:
-            self.shard.add_(own)
-        elif self.shard.dtype != own.dtype:
-            self.shard.copy_(own)
+            shard.add_(own)
+        elif shard.dtype != own.dtype:
+            shard.copy_(own)
         self._begun = True
+        self._put_away()
         if buffer is not self._whole:
             self._pool.give_back(buffer)
 
@@ -281,7 +327,12 @@ class FlatGradients:
         """Start the averaging of the shard over replicas; its reduction is awaited first."""
         self.settle()
         assert self._groups.replica is not None
+        if self._slot.resident is None:
+            self._lease = self._slot.fetch()
+        shard = self._present()
         label = f"gradients of {self.flat.named[0][0]} … across replicas"
         self._crossing = self._communicator.all_reduce(
-            self.shard, self._groups.replica, reduction="mean", label=label, lossy=self.shard.numel()
+            shard, self._groups.replica, reduction="mean", label=label, lossy=shard.numel()
         )
+        if self._lease is not None:  # one at a time: together they are what does not fit
+            self.settle()

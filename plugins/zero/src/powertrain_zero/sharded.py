@@ -21,16 +21,27 @@ from powertrain.context import Context
 from powertrain.errors import CommunicationError, ShardingError
 from powertrain.kernels import kernel
 from powertrain.kernels.blockwise import BLOCK, Blockwise
+from powertrain.names import named_parameters
 from powertrain.roles.checkpoint import CheckpointReader, TensorSlice
 from powertrain.roles.communicator import Handle
-from powertrain.roles.optimizer import FlatOptimizer, OptimizerWrapper, Update, blocks_of, whole_parameters
+from powertrain.roles.optimizer import (
+    FlatOptimizer,
+    OptimizerWrapper,
+    Update,
+    blocks_of,
+    granularity_of,
+    takes_pieces,
+    whole_parameters,
+)
 from powertrain_zero.arena import Arena
+from powertrain_zero.chunk import Tiers
 from powertrain_zero.config import ZeroConfig
-from powertrain_zero.flat import ALIGN, Flat, flat_layout
+from powertrain_zero.flat import ALIGN, Flat, flat_layout, masters_apart
 from powertrain_zero.flow import Flow
 from powertrain_zero.generation import serve_generation
 from powertrain_zero.gradients import BufferPool, FlatGradients, add_up_whole
 from powertrain_zero.groups import Groups, hops
+from powertrain_zero.parts import Parts
 from powertrain_zero.passes import Ballot
 from powertrain_zero.quantized_reduce import QuantizedReduce
 from powertrain_zero.quantized_wire import QuantizedGather
@@ -64,11 +75,11 @@ class ShardedOptimizer(OptimizerWrapper):
         self._whole = whole_parameters(optimizer)
         self._blocks = blocks_of(optimizer)
         plans = plan_units(model, config.unit)
-        # Alone, there is nobody to keep the rest: parameters and gradients stay whole.
-        self.stage = config.stage if self.groups.shards > 1 else 1
+        self.tiers = Tiers.of(context)
+        self.stage = self._effective_stage(config)
         if self.stage < 3:
             plans = plan_buckets(model, config.bucket, self._whole, self.groups.shards)
-        if self.groups.shards == 1:
+        if self.groups.shards == 1 and self.tiers.stay:
             _log.info("stage %d among 1 rank: there is nobody to keep the rest, everything stays whole", config.stage)
         elif config.idle:
             _log.info("stage %d has no use for %s: nothing changes by it", config.stage, " and ".join(config.idle))
@@ -82,6 +93,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self._align = math.lcm(ALIGN, *self._blocks.values())
         self._multiple = math.lcm(multiple, self._align)
         self._whole_gradients = add_up_whole(self.stage, self.groups.shards, context.batch.accumulation)
+        self._pieces = takes_pieces(optimizer) and granularity_of(optimizer) == "element"
         masters = Arena(lambda numel, dtype: torch.zeros(numel, dtype=dtype, device=self._communicator.device))
         gradients = Arena(lambda numel, dtype: self._communicator.empty(numel, dtype, self.groups.shard))
         for plan in plans:
@@ -101,8 +113,10 @@ class ShardedOptimizer(OptimizerWrapper):
             for gradients in unit.gradients
             for index, (_, param) in enumerate(gradients.flat.named)
         }
-        self._updater = Updater(self.units, optimizer, self.groups, context)
-        self._saved = SavedState(self.units, optimizer, context)
+        names = [name for name, _ in named_parameters(model)]
+        self._updater = Updater(self.units, optimizer, self.groups, self.tiers, names, context)
+        self._saved = SavedState(self.units, optimizer, self._updater, context)
+        self._parts = Parts(optimizer, self._updater, self._blocks)
         for param in self._gradients_of:
             param.grad = None  # of a loop before this one: autograd would add to it
         self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._gradients_of]
@@ -122,6 +136,28 @@ class ShardedOptimizer(OptimizerWrapper):
             self._generation = serve_generation(model, self._flow)
 
     # --- construction -----------------------------------------------------------------
+
+    def _effective_stage(self, config: ZeroConfig) -> int:
+        """Return the stage by which memory is laid out.
+
+        Alone, there is nobody to keep the rest: what rests on the device stays whole.
+
+        Raises:
+            ShardingError: what is to rest elsewhere stays whole at this stage.
+        """
+        for category, least in (("gradients", 2), ("parameters", 3)):
+            tier = getattr(self.tiers, category)
+            if not tier.stays and config.stage < least:
+                raise ShardingError(
+                    f"{category} stay whole on every rank at stage {config.stage}: they cannot rest on {tier.name}",
+                    where="zero.stage",
+                    expected=f"stage = {least}" + (" or 3" if least == 2 else ""),
+                    found=str(config.stage),
+                    remedy=f"raise the stage, or let {category} rest on the device",
+                )
+        if self.groups.shards > 1:
+            return config.stage
+        return 3 if not self.tiers.parameters.stays else 2 if not self.tiers.gradients.stays else 1
 
     def _wires(self, config: ZeroConfig) -> tuple[GatherWire, ReduceWire, int]:
         """Return how parameters and gradients travel, and of what a slice's length is a multiple."""
@@ -148,9 +184,12 @@ class ShardedOptimizer(OptimizerWrapper):
         for kind, named in kinds(plan, recipe.parameters, self._whole).items():
             layout = flat_layout(named, shards, whole_tensors=kind.whole, multiple=self._multiple, align=self._align)
             master = recipe.master if kind.trainable else kind.dtype
-            if self.stage == 3 or master != kind.dtype:  # otherwise the slice is a part of the whole buffer
+            if kind.trainable and masters_apart(self.tiers, kind.dtype, master, self._communicator.device):
+                master = kind.dtype
+            # Otherwise the slice is a part of the whole buffer, or rests elsewhere.
+            if (self.stage == 3 and self.tiers.parameters.stays) or (self.stage < 3 and master != kind.dtype):
                 masters.want(layout.numel // shards, master)
-            if kind.trainable and not self._whole_gradients:
+            if kind.trainable and not self._whole_gradients and self.tiers.gradients.stays:
                 gradients.want(layout.numel // shards, recipe.accumulate)
 
     def _make_unit(self, turn: int, plan: UnitPlan, masters: Arena, gradient_arena: Arena) -> Unit:
@@ -165,7 +204,9 @@ class ShardedOptimizer(OptimizerWrapper):
                 communicator=self._communicator,
                 birth=self._context.birth,
                 arena=masters,
+                tiers=self.tiers,
                 resident=self.stage < 3,
+                pieces=self._pieces,
                 whole_tensors=kind.whole,
                 multiple=self._multiple,
                 align=self._align,
@@ -183,6 +224,7 @@ class ShardedOptimizer(OptimizerWrapper):
                 self._flights,
                 recipe.accumulate,
                 gradient_arena,
+                self.tiers.gradients,
                 whole=self._whole_gradients,
             )
             for flat in flats
@@ -198,6 +240,7 @@ class ShardedOptimizer(OptimizerWrapper):
         """Prepare for a micro-batch: before stage 2 only the last one's gradients travel."""
         self._end_round()
         self._flushed = False
+        self._parts.forget()
         if self._first:
             self._updater.forget()
             self._check_frozen()
@@ -307,6 +350,7 @@ class ShardedOptimizer(OptimizerWrapper):
     def step(self, *, grad_scale: float, clip: float | None, check_overflow: bool) -> Update:
         """Finish reductions, clip, update this rank's slices, and publish them."""
         self.flush()
+        self._parts.forget()
         if self._flow is not None:
             self._flow.reset()
         for unit in self.units:
@@ -333,6 +377,10 @@ class ShardedOptimizer(OptimizerWrapper):
     @torch.no_grad()
     def publish(self) -> None:
         """Make the model follow values that were written into this rank's slices."""
+        self._parts.write_back()
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.refresh()
         # What a block is writing into whole parameters is left alone: it is carried over at the block's end.
         written = [(param, param.detach().clone()) for params in self._writing for param in params]
         handles = [self.publish_unit(unit, frozen=True) for unit in self.units]
@@ -347,28 +395,10 @@ class ShardedOptimizer(OptimizerWrapper):
     def parts(self, param: torch.nn.Parameter) -> dict[str, TensorSlice]:
         """Return this rank's slices of a parameter, its gradient and its optimizer state."""
         unit, flat, index = self._home[param]
-        segment = next((segment for segment in flat.segments if segment.index == index), None)
-        name, shape = flat.named[index][0], tuple(flat.layout.entries[index].shape)
-        gradients = self._reduced(unit, flat, index)
-        if segment is None:
-            nothing = {"value": TensorSlice(name, shape, flat.shard[:0])}
-            return nothing if gradients is None else nothing | {"grad": TensorSlice(name, shape, gradients.shard[:0])}
-        result = {"value": segment.slice(name, segment.master)}
-        if gradients is not None:
-            result["grad"] = segment.slice(name, segment.of(gradients.shard))
-        for key, value in self.optimizer.state.get(segment.master, {}).items():
-            if isinstance(value, torch.Tensor):
-                result[f"optimizer/{key}"] = segment.slice(name, value, self._blocks.get(key, 0))
-        return result
-
-    def _reduced(self, unit: Unit, flat: Flat, index: int) -> FlatGradients | None:
-        """Return the reduced gradients of a flat, if the ranks have agreed that there is one of this parameter."""
         gradients = next((part for part in unit.gradients if part.flat is flat), None)
         if gradients is None or not self._flushed or not gradients.anywhere[index]:
-            return None
-        gradients.settle()
-        self._updater.show()
-        return gradients
+            gradients = None
+        return self._parts.of(flat, index, gradients)
 
     def gathered(self, params: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:
         """Return a context in which ``params`` are whole."""
@@ -414,6 +444,7 @@ class ShardedOptimizer(OptimizerWrapper):
             unit.forget_kept()
             for flat in unit.flats:
                 flat.take_back()
+        self._parts.forget()
 
     # --- checkpoints --------------------------------------------------------------------
 
@@ -427,6 +458,7 @@ class ShardedOptimizer(OptimizerWrapper):
 
     def load(self, reader: CheckpointReader) -> list[str]:
         """Fill this rank's slices in one read."""
+        self._parts.forget()
         names = self._saved.load(reader)
         self.publish()
         return names

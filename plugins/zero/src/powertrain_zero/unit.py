@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from powertrain.roles.communicator import Communicator, Handle, Handles
+from powertrain.roles.tier import Lease
 from powertrain_zero.flat import Flat
 from powertrain_zero.gradients import FlatGradients
 from powertrain_zero.groups import Groups
@@ -56,6 +57,7 @@ class Unit:
         self._holds = 0
         self._in_use = False  # by a pass, beside those who hold it
         self._label = f"parameters of {plan.name}"
+        self._leases: list[Lease] = []  # of its slices, while they are on their way here and to the other ranks
         self._kept: list[torch.Tensor] = []
         self._kept_valid = False
         self._secondary = None
@@ -79,25 +81,48 @@ class Unit:
         """Whether all its gradients can be sent: each arrived, or backward is through with it."""
         return self.done or all(gradients.complete for gradients in self.gradients)
 
+    def fetch(self) -> None:
+        """Start bringing this rank's slices to where they are gathered from; nothing is communicated."""
+        nearer = self._kept_valid and self._secondary is not None
+        if not (self.here or self._leases or nearer or self.resident):
+            self._leases = [flat.fetch() for flat in self.flats]
+
     @torch.no_grad()
     def gather(self) -> None:
         """Start bringing the parameters here, from what was kept after forward if that is nearer."""
         if self.here:
             return
-        handles = []
-        for number, flat in enumerate(self.flats):
+        for flat in self.flats:
             flat.allocate()
-            if self._kept_valid and self._secondary is not None:
-                handles.append(self._secondary.gather(flat.full, self._kept[number], f"{self._label}, within the node"))
-            else:
-                handles.append(self._wire.gather(flat.full, flat.shard, self._label))
+        if self._kept_valid and self._secondary is not None:
+            label = f"{self._label}, within the node"
+            handles = [
+                self._secondary.gather(flat.full, kept, label)
+                for flat, kept in zip(self.flats, self._kept, strict=True)
+            ]
+            self._handle = Handles(handles)
+        else:
+            self._gather_from(self._wire)
+
+    def _gather_from(self, wire: GatherWire) -> None:
+        """Start gathering the ranks' slices into memory that is there."""
+        if not self._leases:
+            self._leases = [flat.fetch() for flat in self.flats]
+        slices = [lease.wait().view(flat.source_dtype) for lease, flat in zip(self._leases, self.flats, strict=True)]
+        handles = [wire.gather(flat.full, own, self._label) for flat, own in zip(self.flats, slices, strict=True)]
         self._handle = handles[0] if len(handles) == 1 else Handles(handles)
+
+    def _forget_leases(self) -> None:
+        for lease in self._leases:
+            lease.release()
+        self._leases.clear()
 
     def wait(self) -> None:
         """Return when the parameters may be used; they must have been asked for."""
         if self._handle is not None:
             self._handle.wait()
             self._handle = None
+            self._forget_leases()
             for flat in self.flats:
                 flat.expose()
             self.ready = True
@@ -141,7 +166,7 @@ class Unit:
         if not self.ready:
             for flat in self.flats:
                 flat.allocate()
-        self._handle = Handles([self._exact.gather(flat.full, flat.shard, self._label) for flat in self.flats])
+        self._gather_from(self._exact)
         self.wait()
 
     def let_go(self) -> None:
@@ -151,8 +176,10 @@ class Unit:
             self.release()
 
     def forget_kept(self) -> None:
-        """Drop the secondary slice: the parameters have changed."""
+        """Drop the secondary slice, and what was fetched ahead: the parameters have changed."""
         self._kept_valid = False
+        if not self.here:
+            self._forget_leases()
 
     def refresh(self) -> None:
         """Bring parameters that are held up to date with the shards."""
@@ -161,23 +188,24 @@ class Unit:
 
     def casts(self, flat: Flat) -> bool:
         """Return whether new values travel from their own place in the whole buffer, in its format."""
-        return self._wire.exact and flat.resident and flat.trainable and flat.full.dtype != flat.shard.dtype
+        return self._wire.exact and flat.resident and flat.trainable and flat.full.dtype != flat.source_dtype
 
     def publish(self, *, frozen: bool = False, cast: bool = False) -> Handle:
-        """Start bringing the shards' values into parameters that stay whole.
+        """Start bringing the slices' values into parameters that stay whole.
 
         Args:
             frozen: those of frozen parameters as well.
             cast: what ``casts`` is in the whole buffers, in their format, already.
         """
         flats = [flat for flat in self.flats if flat.resident and (flat.trainable or frozen)]
-        shards = [flat.own(flat.full) if cast and self.casts(flat) else flat.shard for flat in flats]
-        return Handles(
-            [
-                self._wire.gather(flat.full, shard, f"new {self._label}")
-                for flat, shard in zip(flats, shards, strict=True)
-            ]
-        )
+        return Handles([self._wire.gather(flat.full, self._new(flat, cast), f"new {self._label}") for flat in flats])
+
+    def _new(self, flat: Flat, cast: bool) -> torch.Tensor:
+        """Return the new values of this rank's slice."""
+        if cast and self.casts(flat):
+            return flat.own(flat.full)
+        assert flat.shard is not None, "the slice of a whole buffer rests on the device"
+        return flat.shard
 
     def send(self) -> None:
         """Start the reduction of its gradients."""

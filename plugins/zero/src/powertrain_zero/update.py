@@ -1,10 +1,15 @@
-"""The update of this rank's slices: scale, norm, clip, optimizer, unit by unit."""
+"""The update of this rank's slices: scale, norm, clip, optimizer, batch by batch.
+
+A batch is what one call of the optimizer updates: everything, a unit, or, where state rests elsewhere
+than on the device, a chunk. While one is updated the next comes and the last leaves.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -14,24 +19,40 @@ from powertrain.context import Context
 from powertrain.errors import PrecisionError, ShardingError
 from powertrain.roles.communicator import Done, Handle
 from powertrain.roles.optimizer import FlatOptimizer, Request, Update, blocks_of, clip_factor, granularity_of
-from powertrain_zero.flat import Segment
+from powertrain_zero.batch import Batch, Travel
+from powertrain_zero.chunk import Chunk, Segment, Tiers
 from powertrain_zero.groups import Groups
 from powertrain_zero.unit import Unit
+
+AHEAD = 1
+"""Batches that are on their way here while one is updated."""
 
 
 class Updater:
     """Drives a torch optimizer over segments of flat shards.
+
+    Attributes:
+        travels: for each chunk that does not stay, what brings it here.
+        scale: what the last update multiplied gradients by, and they were not yet.
 
     Args:
         units: whose segments are updated.
         optimizer: its groups are pointed at the segments, each group at those of its own
             parameters; a group that has none on this rank stays, empty.
         groups: over which ranks state is sharded.
+        tiers: where it rests.
+        names: of the model's parameters, in the order of registration.
         context: the run.
     """
 
     def __init__(
-        self, units: Sequence[Unit], optimizer: torch.optim.Optimizer, groups: Groups, context: Context
+        self,
+        units: Sequence[Unit],
+        optimizer: torch.optim.Optimizer,
+        groups: Groups,
+        tiers: Tiers,
+        names: Iterable[str],
+        context: Context,
     ) -> None:
         self._units = list(units)
         self._flat: FlatOptimizer | None = optimizer if isinstance(optimizer, FlatOptimizer) else None
@@ -43,8 +64,10 @@ class Updater:
         if self._flat is not None and self._state_dtype != self._master_dtype:
             self._flat.state_dtype = self._state_dtype
         segments: dict[torch.nn.Parameter, list[Segment]] = {}
-        unit_of: dict[torch.nn.Parameter, Unit] = {}
+        self._unit_of: dict[torch.nn.Parameter, Unit] = {}
         self._outs: dict[torch.nn.Parameter, torch.Tensor] = {}  # where new values go in the model's format
+        self._order = {name: number for number, name in enumerate(names)}
+        self._name_of: dict[torch.nn.Parameter, str] = {}
         self._numbers: dict[torch.nn.Parameter, int] = {}  # the same for all pieces of a parameter, on all ranks
         for unit in units:
             for flat in unit.flats:
@@ -55,7 +78,8 @@ class Updater:
                     if unit.casts(flat):
                         self._outs[segment.master] = segment.of(flat.own(flat.full))
                     segments[flat.named[segment.index][1]].append(segment)
-                    unit_of[segment.master] = unit
+                    self._unit_of[segment.master] = unit
+                    self._name_of[segment.master] = segment.name
         self._parameters = len(segments)
         group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
         for group in optimizer.param_groups:
@@ -68,10 +92,6 @@ class Updater:
                         key: self._share(segment, key, value, group_of.get(param, {})) for key, value in state.items()
                     }
         self._lengths = [len(group["params"]) for group in optimizer.param_groups]
-        self._members = {unit: [[] for _ in optimizer.param_groups] for unit in units}  # type: ignore[var-annotated]
-        for number, group in enumerate(optimizer.param_groups):
-            for master in group["params"]:
-                self._members[unit_of[master]][number].append(master)
         # One call a unit lets parameters travel while the next unit is updated; it is legal where
         # the update of one element depends on no other. Others than torch's own may count their calls.
         elementwise = granularity_of(optimizer) == "element"
@@ -85,8 +105,49 @@ class Updater:
                 expected="an optimizer that updates element by element, such as adamw",
                 remedy="leave the key out",
             )
-        self._by_unit = elementwise and of_torch and (travels or self._converts)
-        self._scale: float | torch.Tensor = 1.0  # what the update multiplied gradients by, and they were not yet
+        self._moves = not tiers.stay
+        self.travels: dict[Chunk, Travel] = {}
+        if self._moves and not of_torch:
+            raise ShardingError(
+                f"{type(optimizer).__name__} updates all parameters in one call: they cannot come one after the other",
+                where=f"state that rests on {tiers.optimizer.name}",
+                expected="an optimizer of torch.optim, or a FlatOptimizer of a plugin (powertrain-optimizers has some)",
+                remedy="choose another optimizer, or let state rest on the device",
+            )
+        if self._moves:
+            self._batches = list(self._travelling())
+        elif elementwise and of_torch and (travels or self._converts):
+            self._batches = [Batch(self._members([unit]), units=[unit]) for unit in units]
+        else:
+            self._batches = [self._everything()]
+        self.scale: float | torch.Tensor = 1.0
+
+    def _members(self, units: Sequence[Unit]) -> list[list[torch.nn.Parameter]]:
+        """Return the masters of some units, for each of the optimizer's groups."""
+        groups = self._optimizer.param_groups
+        return [[master for master in group["params"] if self._unit_of[master] in units] for group in groups]
+
+    def _everything(self) -> Batch:
+        return Batch([group["params"] for group in self._optimizer.param_groups], units=self._units)
+
+    def _travelling(self) -> Iterator[Batch]:
+        """Yield a batch for each chunk; with the last of a unit, the unit is complete."""
+        number = {m: index for index, group in enumerate(self._optimizer.param_groups) for m in group["params"]}
+        for unit in self._units:
+            state, chunks = (
+                self._optimizer.state,
+                [(part, chunk) for part in unit.gradients for chunk in part.flat.chunks],
+            )
+            travels = [Travel(part.flat, chunk, part, state) for part, chunk in chunks]
+            for travel in travels:
+                members: list[list[torch.nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
+                for segment in travel.chunk.segments:
+                    if segment.master in number:
+                        members[number[segment.master]].append(segment.master)
+                self.travels[travel.chunk] = travel
+                yield Batch(members, [travel], [unit] if travel is travels[-1] else [])
+            if not travels:
+                yield Batch([[] for _ in self._optimizer.param_groups], units=[unit])
 
     def _share(self, segment: Segment, key: str, value: Any, group: Mapping[str, Any]) -> Any:
         """Return a segment's part of what the optimizer knows of a whole parameter."""
@@ -110,25 +171,26 @@ class Updater:
             check_overflow: skip the update when the norm is not finite.
         """
         self._check_groups()
-        grads = self._deliver()
+        grads = {} if self._moves else self._deliver()
         inverse = 1.0 / grad_scale
         if self._flat is None and grad_scale != 1.0:
             for grad in grads.values():
                 grad.mul_(inverse)
-        norm, handle = self._norm(list(grads.values()))
-        unscaled = inverse if self._flat is not None else 1.0
+        norm, handle = self._norm(grads)
+        scaled = self._flat is None and not self._moves
+        unscaled = 1.0 if scaled else inverse  # what is left to multiply by
 
         def grad_norm() -> torch.Tensor:
             handle.wait()
             root = norm.sqrt() if self._groups.shards > 1 else norm
             return root * unscaled if unscaled != 1.0 else root
 
-        self._scale = unscaled
+        self.scale = unscaled
         if check_overflow and not bool(grad_norm().isfinite()):
             self._put_back()
             return Update(applied=False, grad_norm=grad_norm)
-        if clip is not None and self._flat is not None:
-            self._scale = clip_factor(grad_norm(), clip) * unscaled
+        if clip is not None and not scaled:
+            self.scale = clip_factor(grad_norm(), clip) * unscaled
         elif clip is not None:
             torch.nn.utils.clip_grads_with_norm_(list(grads), clip, grad_norm())
         self._run(publish, grads, [handle])
@@ -142,32 +204,75 @@ class Updater:
         handles: list[Handle | None],
     ) -> None:
         """Let the optimizer update everything, and publish; at the end wait for that, and for ``handles``."""
-        listened = has_step_hooks(self._optimizer)  # who listens hears of one step, and sees what it uses
-        if listened:  # in the master's format, which has room for what is scaled; _put_back takes the copy away
-            copies = {m: grad.to(m.dtype).mul_(self._scale) for m, grad in grads.items() if grad.dtype != m.dtype}
+        batches = self._batches
+        if has_step_hooks(self._optimizer):  # who listens hears of one step, and sees what it uses
+            self._check_hooks()
+            # In the master's format, which has room for what is scaled; _put_back takes the copy away.
+            copies = {m: grad.to(m.dtype).mul_(self.scale) for m, grad in grads.items() if grad.dtype != m.dtype}
             self.show()
             for master, grad in grads.items():
                 master.grad = copies.get(master, grad)
-        by_unit = self._by_unit and not listened
-        with self._asked(grads):
-            if not by_unit:
-                with self._converted([group["params"] for group in self._optimizer.param_groups]):
-                    self._optimizer.step()
-            for unit in self._units:
-                if by_unit:
-                    with self._only(unit):
-                        self._optimizer.step()
-                handles.append(publish(unit))
+            batches = [self._everything()]
+        coming = iter(batches)
+        for batch in islice(coming, AHEAD):
+            batch.fetch()
+        for batch in batches:
+            for other in islice(coming, 1):
+                other.fetch()
+            self._update(batch, grads)
+            handles += [publish(unit) for unit in batch.units]
         for published in handles:
             if published is not None:
                 published.wait()
 
-    def _asked(self, grads: Mapping[torch.nn.Parameter, torch.Tensor]) -> AbstractContextManager[None]:
-        """Ask a flat optimizer to scale, and to cast into the whole buffers that stay, on its way."""
+    def _update(self, batch: Batch, grads: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Let the optimizer update one batch."""
+        try:
+            batch.bind()
+            grads = self._deliver_to(batch) if batch.travels else grads
+            if batch.travels or any(batch.members):
+                with self._only(batch), self._asked(grads, batch):
+                    self._optimizer.step()
+            for master in grads if batch.travels else ():
+                master.grad = None
+            batch.put_away(cast=self._flat is not None)
+        except BaseException:
+            for other in self._batches:
+                other.abandon()
+            raise
+
+    def _deliver_to(self, batch: Batch) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Put the gradients of what has come where the optimizer looks for them, scaled unless it scales itself."""
+        grads = {master: grad for travel in batch.travels for master, grad in travel.grads.items()}
+        for master, grad in grads.items():
+            if self._flat is None:
+                grads[master] = grad = grad.to(master.dtype, copy=True).mul_(self.scale)
+            if grad.dtype == master.dtype:
+                master.grad = grad
+        return grads
+
+    def _check_hooks(self) -> None:
+        """Refuse hooks that want to see all of what comes piece by piece.
+
+        Raises:
+            ShardingError: they do.
+        """
+        if self._moves:
+            raise ShardingError(
+                "hooks on the optimizer's step want to see all parameters, which come one chunk after the other",
+                where=f"step hooks of {type(self._optimizer).__name__}",
+                remedy="use the engine's events (on_step_end) and powertrain.state, or let state rest on the device",
+            )
+
+    def _asked(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], batch: Batch) -> AbstractContextManager[None]:
+        """Ask a flat optimizer to scale, and to cast into what the model uses, on its way."""
         if self._flat is None:
             return nullcontext()
         others = {master: grad for master, grad in grads.items() if master.grad is None}
-        return self._flat.asked(Request(scale=self._scale, outs=self._outs, grads=others, total=self._total))
+        outs = self._outs
+        if batch.travels:
+            outs = outs | {master: out for travel in batch.travels for master, out in travel.outs.items()}
+        return self._flat.asked(Request(scale=self.scale, outs=outs, grads=others, total=self._total))
 
     def _total(
         self, figures: torch.Tensor, params: Sequence[torch.nn.Parameter], how: Literal["sum", "max"] = "sum"
@@ -185,26 +290,29 @@ class Updater:
     @torch.no_grad()
     def show(self) -> None:
         """Multiply the gradients by what the update did: from then on they are what it used."""
-        if not isinstance(self._scale, torch.Tensor) and self._scale == 1.0:
+        if not isinstance(self.scale, torch.Tensor) and self.scale == 1.0:
             return
         for part in (part for unit in self._units for part in unit.gradients):
-            part.shard.mul_(self._scale)
-        self._scale = 1.0
+            if part.shard is not None:
+                part.shard.mul_(self.scale)
+        self.scale = 1.0
 
     def forget(self) -> None:
         """Take note that the gradients of the last step are gone."""
-        self._scale = 1.0
+        self.scale = 1.0
 
     def _deliver(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Put the mean gradients where the optimizer looks for them; return them, by the masters that have one."""
         result = {}
         for part in (part for unit in self._units for part in unit.gradients):
+            shard = part.shard
+            assert shard is not None
             for segment in part.flat.segments:
                 master = segment.master
                 master.grad = None
                 if not part.anywhere[segment.index]:
                     continue
-                grad = segment.of(part.shard)
+                grad = segment.of(shard)
                 if grad.dtype == master.dtype:
                     master.grad = grad
                 elif self._flat is None:
@@ -214,10 +322,10 @@ class Updater:
 
     def _put_back(self) -> None:
         """Where the optimizer saw converted copies of gradients: show what it saw, and drop the copies."""
-        for part in (part for unit in self._units for part in unit.gradients):
+        for part in () if self._moves else (part for unit in self._units for part in unit.gradients):
             for segment in part.flat.segments:
                 grad = segment.master.grad
-                if grad is not None and grad.dtype != part.shard.dtype:
+                if grad is not None and part.shard is not None and grad.dtype != part.shard.dtype:
                     segment.of(part.shard).copy_(grad)
                     segment.master.grad = None
 
@@ -234,26 +342,32 @@ class Updater:
                 remedy="give the optimizer all its groups before; their numbers (lr, …) may change at any time",
             )
 
-    def _norm(self, grads: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Handle]:
+    def _norm(self, grads: Mapping[torch.nn.Parameter, torch.Tensor]) -> tuple[torch.Tensor, Handle]:
         """Start the global norm: its square over several shards, itself with one."""
-        if any(grad.dtype.itemsize < 4 for grad in grads):  # a norm in 16 bits rounds, or is beyond their range
-            grads = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
-        norm = torch.nn.utils.get_total_norm(grads)
+        if self._moves:
+            parts = [part for unit in self._units for part in unit.gradients]
+            named = [(part.flat.named[index][0], norm) for part in parts for index, norm in part.norms()]
+        else:
+            named = [(self._name_of[master], grad) for master, grad in grads.items()]
+        # In the order of registration, however units cut the model: sums round alike at every stage.
+        figures = [figure for _, figure in sorted(named, key=lambda pair: self._order[pair[0]])]
+        if any(figure.dtype.itemsize < 4 for figure in figures):  # a norm in 16 bits rounds, or is beyond their range
+            figures = [torch.linalg.vector_norm(figure, dtype=torch.float32) for figure in figures]
+        norm = torch.nn.utils.get_total_norm(figures)
         if self._groups.shards == 1:
             return norm, Done()
         square = norm.to(device=self._communicator.device, dtype=torch.float32).square()
         return square, self._communicator.all_reduce(square, self._groups.shard, label="gradient norm")
 
     @contextmanager
-    def _only(self, unit: Unit) -> Iterator[None]:
-        """Let the optimizer see one unit's segments, with their state in the master's format."""
+    def _only(self, batch: Batch) -> Iterator[None]:
+        """Let the optimizer see one batch's masters, with their state in the master's format."""
         groups = self._optimizer.param_groups
         everything = [group["params"] for group in groups]
-        mine = self._members[unit]
         try:
-            for group, members in zip(groups, mine, strict=True):
+            for group, members in zip(groups, batch.members, strict=True):
                 group["params"] = members
-            with self._converted(mine):
+            with self._converted(batch.members):
                 yield
         finally:
             for group, members in zip(groups, everything, strict=True):

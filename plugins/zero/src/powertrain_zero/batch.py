@@ -1,0 +1,141 @@
+"""What one call of the optimizer updates, and how what rests elsewhere comes to it and leaves again."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+from powertrain.roles.tier import Lease
+from powertrain_zero.chunk import Chunk
+from powertrain_zero.flat import Flat
+from powertrain_zero.gradients import FlatGradients
+from powertrain_zero.kept import KeptState
+from powertrain_zero.unit import Unit
+
+
+class Travel:
+    """Brings one chunk's masters, state and gradients to where they are updated, and takes them away.
+
+    Args:
+        flat: whose chunk it is.
+        chunk: the chunk.
+        gradients: of the flat.
+        state: the optimizer's ``state``.
+
+    Attributes:
+        grads: the gradients of masters that have one, between ``bind`` and ``put_away``.
+        outs: where the masters' new values go in the model's format, where that is apart.
+        kept: the optimizer's state, where it does not stay.
+    """
+
+    def __init__(
+        self, flat: Flat, chunk: Chunk, gradients: FlatGradients, state: MutableMapping[torch.Tensor, Any]
+    ) -> None:
+        self.chunk = chunk
+        self.grads: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self.outs: dict[torch.nn.Parameter, torch.Tensor] = {}
+        label = f"{flat.label} [{chunk.start}:{chunk.stop}]"
+        self.kept = None if chunk.place.resident else KeptState(chunk, state, label)
+        self._flat, self._gradients = flat, gradients
+        self._masters: Lease | None = None
+        self._grads: Lease | None = None
+        self._outs: Lease | None = None
+
+    def fetch(self) -> None:
+        """Start to bring everything."""
+        chunk = self.chunk
+        self._masters = chunk.fetch()
+        self._grads = self._gradients.fetch(chunk.start, chunk.stop, chunk.device)
+        if self.kept is not None:
+            self.kept.fetch()
+
+    def bind(self) -> None:
+        """Let masters and state have their memory, and find the gradients."""
+        chunk = self.chunk
+        assert self._masters is not None and self._grads is not None
+        masters, grads = self._masters.wait(), self._grads.wait().view(self._gradients.dtype)
+        if chunk.resident is None:
+            chunk.bind(masters)
+        if self.kept is not None:
+            self.kept.bind()
+        used = [segment for segment in chunk.segments if self._gradients.anywhere[segment.index]]
+        self.grads = {segment.master: segment.of(grads, chunk.start) for segment in used}
+        if self._flat.apart:
+            self._outs = self._flat.blank(chunk)
+            values = self._outs.wait().view(self._flat.source_dtype)
+            self.outs = {segment.master: segment.of(values, chunk.start) for segment in chunk.segments}
+
+    def put_away(self, *, cast: bool) -> None:
+        """Store what was updated.
+
+        Args:
+            cast: ``outs`` have the new values of the masters with gradients already.
+        """
+        chunk = self.chunk
+        assert self._masters is not None and self._grads is not None
+        for master, out in self.outs.items():
+            if not (cast and master in self.grads):
+                out.copy_(master.detach())
+        self.grads, self.outs = {}, {}
+        if self._outs is not None:
+            self._outs.store()
+        if self.kept is not None:
+            self.kept.put_away()
+        if chunk.resident is None:
+            chunk.unbind()
+        self._masters.store()
+        self._grads.release()
+        self._masters = self._grads = self._outs = None
+
+    def abandon(self) -> None:
+        """End all loans after a failure."""
+        for lease in (self._masters, self._grads, self._outs):
+            if lease is not None:
+                lease.release()
+        self._masters = self._grads = self._outs = None
+        if self.kept is not None:
+            self.kept.release()
+        if self.chunk.resident is None:
+            self.chunk.unbind()
+
+
+class Batch:
+    """Parameters that one call of the optimizer updates.
+
+    Args:
+        members: masters, for each of the optimizer's groups.
+        travels: chunks that come for it.
+        units: which are complete after it, and are published.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[list[torch.nn.Parameter]],
+        travels: Sequence[Travel] = (),
+        units: Sequence[Unit] = (),
+    ) -> None:
+        self.members = list(members)
+        self.travels = list(travels)
+        self.units = list(units)
+
+    def fetch(self) -> None:
+        """Start to bring what rests elsewhere."""
+        for travel in self.travels:
+            travel.fetch()
+
+    def bind(self) -> None:
+        """Wait for it, and let the optimizer see it."""
+        for travel in self.travels:
+            travel.bind()
+
+    def put_away(self, *, cast: bool) -> None:
+        """Store it again; see ``Travel.put_away``."""
+        for travel in self.travels:
+            travel.put_away(cast=cast)
+
+    def abandon(self) -> None:
+        """End all loans after a failure."""
+        for travel in self.travels:
+            travel.abandon()
