@@ -1,0 +1,125 @@
+"""The tier of host memory, for devices that have memory of their own."""
+
+from __future__ import annotations
+
+import torch
+
+from powertrain.roles.accelerator import Accelerator
+from powertrain.roles.communicator import Done, Handle
+from powertrain.roles.tier import Lease, Slot, Tier
+
+_HOST = torch.device("cpu")
+
+
+class HostTier(Tier):
+    """State rests in the host's memory, page-locked where the accelerator has such a thing.
+
+    Args:
+        accelerator: of the device; its streams carry copies beside compute.
+        compute: the device.
+        device: where content is used: the device, or the host itself.
+        grain: bytes that are best moved at a time.
+    """
+
+    name = "host"
+
+    def __init__(self, accelerator: Accelerator, compute: torch.device, device: torch.device, grain: int) -> None:
+        self.device = device
+        self.grain = grain
+        self.resident = device.type == _HOST.type
+        self.accelerator = accelerator
+        self.stream = accelerator.stream(compute) if "streams" in accelerator.capabilities else None
+
+    def reserve(self, label: str, nbytes: int) -> HostSlot:
+        """Return a slot of host memory."""
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        pinned = "pinned" in self.accelerator.capabilities and nbytes > 0
+        return HostSlot(self, self.accelerator.pin(memory) if pinned else memory)
+
+
+class HostSlot(Slot):
+    """Host memory."""
+
+    def __init__(self, tier: HostTier, memory: torch.Tensor) -> None:
+        self.tier = tier
+        self.device = tier.device
+        self.memory = memory
+        self.nbytes = memory.numel()
+        self.resident = memory if tier.resident else None
+        self.arriving: object = None  # the event after which what a device has stored is here
+
+    def fetch(self, start: int = 0, stop: int | None = None, device: torch.device | None = None) -> Lease:
+        """Return the memory itself on the host; start to copy it to a device."""
+        return self._lend(start, stop, device or self.device, full=True)
+
+    def blank(self, start: int = 0, stop: int | None = None, device: torch.device | None = None) -> Lease:
+        """Return the memory itself on the host, or memory of a device."""
+        return self._lend(start, stop, device or self.device, full=False)
+
+    def free(self) -> None:
+        """Let go of the memory, once nothing is on its way into it."""
+        self.settle()
+        self.memory = self.memory[:0]
+        self.resident = None
+
+    def settle(self) -> None:
+        """Wait, on the host, for what a device has stored."""
+        if self.arriving is not None:
+            self.tier.accelerator.finish(self.arriving)
+            self.arriving = None
+
+    def _lend(self, start: int, stop: int | None, device: torch.device, *, full: bool) -> Lease:
+        part = self.memory[start : self.nbytes if stop is None else stop]
+        if device.type == _HOST.type:
+            self.settle()
+            return _InPlace(part)
+        return _OnDevice(self, part, device, full=full)
+
+
+class _InPlace(Lease):
+    """The memory itself."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
+
+    def store(self) -> Handle:
+        return Done()
+
+    def release(self) -> None:
+        pass
+
+
+class _OnDevice(Lease):
+    """A copy on a device, brought and taken away beside what it computes."""
+
+    def __init__(self, slot: HostSlot, home: torch.Tensor, device: torch.device, *, full: bool) -> None:
+        self._slot, self._home = slot, home
+        self._event: object = None
+        tier = slot.tier
+        self.tensor = torch.empty(home.shape, dtype=home.dtype, device=device)
+        if full:
+            with tier.accelerator.use_stream(tier.stream):
+                tier.accelerator.wait(tier.stream, tier.accelerator.record(None) if tier.stream is None else None)
+                self.tensor.copy_(home, non_blocking=tier.stream is not None)
+                self._event = tier.accelerator.record(tier.stream)
+
+    def wait(self) -> torch.Tensor:
+        if self._event is not None:
+            self._slot.tier.accelerator.wait(None, self._event)
+            self._event = None
+        return self.tensor
+
+    def store(self) -> Handle:
+        tier = self._slot.tier
+        computed = tier.accelerator.record(None)
+        with tier.accelerator.use_stream(tier.stream):
+            tier.accelerator.wait(tier.stream, computed)
+            self._home.copy_(self.tensor, non_blocking=tier.stream is not None)
+            self._slot.arriving = tier.accelerator.record(tier.stream)
+        return Done()
+
+    def release(self) -> None:
+        pass

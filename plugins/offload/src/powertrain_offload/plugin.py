@@ -1,0 +1,87 @@
+"""The entry point: makes the tiers of ``[offload]`` and the I/O engine, and adds ``powertrain io``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from powertrain.hookspecs import hookimpl
+from powertrain.plugin import Phase, Plugin
+from powertrain_offload.config import OffloadConfig
+
+if TYPE_CHECKING:
+    import click
+    import torch
+
+    from powertrain.context import Context
+    from powertrain.engine import Engine
+    from powertrain.native import KernelSet
+    from powertrain.roles.files import FileEngine
+    from powertrain.roles.tier import Category, Tier
+    from powertrain_offload.activations import OffloadedActivations
+    from powertrain_offload.tiers import Tiers
+
+
+class OffloadPlugin(Plugin[OffloadConfig]):
+    """Keeps training state in host memory and on disks, and moves it past the page cache."""
+
+    name, api, support = "offload", 1, "first-party"
+    phase = Phase.RECOMPUTE
+
+    def __init__(self, config: OffloadConfig) -> None:
+        super().__init__(config)
+        self._tiers: Tiers | None = None
+        self._activations: OffloadedActivations | None = None
+
+    @hookimpl
+    def make_tier(self, category: Category, context: Context) -> Tier | None:
+        """Return where a category rests; None for the device."""
+        if getattr(self.config, category) == "device":
+            return None
+        return self._all(context).of(category)
+
+    @hookimpl
+    def make_file_engine(self, context: Context | None) -> FileEngine | None:
+        """Return the engine that the table asks for."""
+        from powertrain_offload import io
+
+        table = self.config
+        return io.open_engine(table.engine, block=table.block, depth=table.depth, threads=table.threads)
+
+    @hookimpl
+    def transform_model(self, model: torch.nn.Module, context: Context) -> torch.nn.Module | None:
+        """Let what backward needs rest where the table says."""
+        if self.config.activations == "device":
+            return None
+        from powertrain_offload.activations import offload_activations
+
+        self._activations = offload_activations(model, context.tier("activations"))
+        return None
+
+    @hookimpl
+    def on_close(self, engine: Engine) -> None:
+        """Let the model keep what backward needs itself again."""
+        if self._activations is not None:
+            self._activations.close()
+            self._activations = None
+
+    def _all(self, context: Context) -> Tiers:
+        if self._tiers is None:
+            from powertrain_offload.tiers import Tiers
+
+            self._tiers = Tiers(self.config, context)
+        return self._tiers
+
+    @staticmethod
+    @hookimpl
+    def add_commands(cli: click.Group) -> None:
+        """Add ``powertrain io``: it measures disks, and needs no configuration."""
+        from powertrain_offload.io.command import io
+
+        cli.add_command(io)
+
+    @classmethod
+    def kernel_sets(cls) -> tuple[KernelSet, ...]:
+        """Return the C++ of the I/O engine."""
+        from powertrain.native import KernelSet
+
+        return (KernelSet("io", "powertrain_offload.io.source:SOURCE", "powertrain_offload.io.selftest:check"),)

@@ -1,0 +1,157 @@
+"""One rank's file of state that rests on disks: nobody else sees it, and it ends with the process.
+
+The file loses its name as soon as it is open, so its space is free again when the process ends, by whatever signal.
+Between making it and taking its name away a process may be killed: what is left then is empty, locked by
+nobody, and removed by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from powertrain.errors import StorageFull
+from powertrain.roles.files import FileEngine, RandomFile
+
+_log = logging.getLogger("powertrain.offload")
+
+_NAME = re.compile(r"powertrain-swap-(?P<host>[\w.-]+)-(?P<id>[0-9a-f]{32})")
+
+PAGE = 4096
+"""Bytes: what is set aside starts and ends at multiples of it."""
+
+_STEP = 64 * 2**20
+"""Bytes by which the file grows at least."""
+
+
+class SwapFile:
+    """Space on disks, set aside piece by piece.
+
+    Args:
+        engine: moves the bytes.
+        directories: on different disks, which share the bytes.
+
+    Raises:
+        StorageUnwritable: a file cannot be made there.
+    """
+
+    def __init__(self, engine: FileEngine, directories: Sequence[Path]) -> None:
+        self.directories = list(directories)
+        for directory in directories:
+            sweep(directory)
+        paths = [directory / f"powertrain-swap-{_host()}-{uuid.uuid4().hex}" for directory in directories]
+        self.file: RandomFile = engine.open(paths, "create")
+        locks = [os.open(path, os.O_RDONLY) for path in paths]
+        try:
+            for path, lock in zip(paths, locks, strict=True):
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        finally:
+            for lock in locks:
+                os.close(lock)
+        self._end = 0
+        self._size = 0
+        self._gaps: dict[int, int] = {}  # free space by its start
+
+    @property
+    def used(self) -> int:
+        """Bytes that are set aside."""
+        return self._end - sum(self._gaps.values())
+
+    def allocate(self, nbytes: int, label: str) -> int:
+        """Set space aside; return where it starts.
+
+        Raises:
+            StorageFull: the disks have less, with the numbers.
+        """
+        size = _pages(nbytes)
+        for start, length in sorted(self._gaps.items(), key=lambda gap: gap[1]):
+            if length >= size:
+                del self._gaps[start]
+                if length > size:
+                    self._gaps[start + size] = length - size
+                return start
+        start = self._end
+        if start + size > self._size:
+            self._grow(start + size, label)
+        self._end = start + size
+        return start
+
+    def free(self, start: int, nbytes: int) -> None:
+        """Give space back."""
+        size = _pages(nbytes)
+        if not size:
+            return
+        for other, length in list(self._gaps.items()):
+            if other + length == start:
+                start, size = other, size + self._gaps.pop(other)
+            elif start + size == other:
+                size += self._gaps.pop(other)
+        if start + size == self._end:
+            self._end = start
+        else:
+            self._gaps[start] = size
+
+    def close(self) -> None:
+        """Give all of it back."""
+        self.file.close()
+
+    def _grow(self, least: int, label: str) -> None:
+        wanted = max(least, self._size + _STEP)
+        try:
+            self.file.resize(wanted)
+        except StorageFull:
+            wanted = least
+            try:
+                self.file.resize(wanted)
+            except StorageFull as error:
+                raise StorageFull(
+                    f"there is no room for {label}",
+                    where=", ".join(map(str, self.directories)),
+                    expected=f"{least - self._size:,} bytes more, beside {self._size:,} that this rank has there",
+                    found="; ".join(f"{free_bytes(path):,} bytes free" for path in self.directories),
+                    remedy="free space, name a larger disk in offload.path, or let less rest there",
+                ) from error
+        self._size = wanted
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed processes of this host have left: files of our name that nobody has locked."""
+    with contextlib.suppress(OSError):
+        for path in list(directory.iterdir()):
+            match = _NAME.fullmatch(path.name)
+            if match and match["host"] == _host():
+                _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            _log.info("removed %s, which a killed run has left", path)
+        finally:
+            os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Return what this user may still write at a path."""
+    return shutil.disk_usage(path).free
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.-]", "-", socket.gethostname()) or "host"
