@@ -127,7 +127,12 @@ def train_tower(
 
 def slices(engine: powertrain.Engine) -> Slices:
     """Return copies of what this rank would save."""
-    return [(s.name, tuple(s.shape), s.start, s.tensor.detach().clone()) for s in engine.optimizer_wrapper.tensors()]
+    result = []
+    for item in engine.optimizer_wrapper.tensors():
+        loan = item.lend()
+        result.append((item.name, tuple(item.shape), item.start, loan.wait().clone()))
+        loan.release()
+    return result
 
 
 def whole(parts: Sequence[Slices]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """One rank's file of state that rests on disks: nobody else sees it, and it ends with the process.
 
 The file loses its name as soon as it is open, so its space is free again when the process ends, by whatever signal.
-Between making it and taking its name away a process may be killed: what is left then is empty, locked by
-nobody, and removed by the next run.
+Between making it and taking its name away, under a lock, a process may be killed: what is left then is empty, and
+removed by the next run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from powertrain.errors import StorageFull
@@ -45,19 +45,14 @@ class SwapFile:
 
     def __init__(self, engine: FileEngine, directories: Sequence[Path]) -> None:
         self.directories = list(directories)
-        for directory in directories:
-            sweep(directory)
         paths = [directory / f"powertrain-swap-{_host()}-{uuid.uuid4().hex}" for directory in directories]
-        self.file: RandomFile = engine.open(paths, "create")
-        locks = [os.open(path, os.O_RDONLY) for path in paths]
-        try:
-            for path, lock in zip(paths, locks, strict=True):
-                with contextlib.suppress(OSError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as stack:
+            for directory in sorted(set(directories)):  # in one order: ranks of a host may list them in several
+                if stack.enter_context(_locked(directory)):
+                    sweep(directory)
+            self.file: RandomFile = engine.open(paths, "create")
+            for path in paths:
                 path.unlink()
-        finally:
-            for lock in locks:
-                os.close(lock)
         self._end = 0
         self._size = 0
         self._gaps: dict[int, int] = {}  # free space by its start
@@ -124,24 +119,32 @@ class SwapFile:
         self._size = wanted
 
 
-def sweep(directory: Path) -> None:
-    """Remove what killed processes of this host have left: files of our name that nobody has locked."""
-    with contextlib.suppress(OSError):
-        for path in list(directory.iterdir()):
-            match = _NAME.fullmatch(path.name)
-            if match and match["host"] == _host():
-                _remove_unlocked(path)
-
-
-def _remove_unlocked(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Be the only one on this host that makes or removes our files in a directory; False: it cannot be locked."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            _log.info("removed %s, which a killed run has left", path)
-        finally:
-            os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed processes of this host have left in a directory that is locked.
+
+    Whoever lives has such a file only while it holds the lock.
+    """
+    for path in list(directory.iterdir()):
+        match = _NAME.fullmatch(path.name)
+        if match and match["host"] == _host():
+            with contextlib.suppress(OSError):
+                path.unlink()
+                _log.info("removed %s, which a killed run has left", path)
 
 
 def free_bytes(path: Path) -> int:

@@ -127,6 +127,9 @@ class Backward:
             step.unit.send()
             return
         join(step.unit)
+        coming = self._cursor.coming() if self._cursor is not None else None
+        if coming is not None:
+            coming.fetch()  # its slice comes from where it rests while this one is gathered and used
         if not step.unit.plan.whole_pass:
             self._skipped.append(step.unit)
 

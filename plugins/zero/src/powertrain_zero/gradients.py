@@ -95,6 +95,7 @@ class FlatGradients:
     Attributes:
         used: for each parameter, whether it got a gradient in this step on this rank.
         anywhere: the same on any rank, once the ranks have agreed.
+        seen: the format in which the optimizer sees them, and norms are of.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class FlatGradients:
         whole: bool,
     ) -> None:
         self.flat = flat
-        self.dtype = accumulate
+        self.dtype = self.seen = accumulate
         self.used = [False] * len(flat.named)
         self.anywhere = [False] * len(flat.named)
         self._groups = groups
@@ -165,8 +166,9 @@ class FlatGradients:
 
     def _norms_of(self, shard: torch.Tensor) -> list[torch.Tensor]:
         # A norm in 16 bits rounds, or is beyond their range.
-        dtype = torch.float32 if self.dtype.itemsize < 4 else self.dtype
-        return [torch.linalg.vector_norm(shard[start:stop], dtype=dtype) for _, start, stop in self.flat.overlaps]
+        dtype = torch.float32 if self.seen.itemsize < 4 else self.seen
+        parts = [shard[start:stop].to(self.seen) for _, start, stop in self.flat.overlaps]
+        return [torch.linalg.vector_norm(part, dtype=dtype) for part in parts]
 
     @property
     def complete(self) -> bool:

@@ -301,6 +301,8 @@ class KnownPass:
             if not unit.here:
                 unit.gather()
                 self._ahead.append(unit)
+        for unit in self.order[self._next : self._next + 1]:
+            unit.fetch()  # its slice comes from where it rests while those before it are gathered
 
     def _skip_before(self, place: int, wanted: Unit | None = None) -> None:
         """Put away what was gathered for places that this rank has passed."""

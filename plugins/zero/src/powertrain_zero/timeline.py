@@ -105,6 +105,10 @@ class Cursor(Generic[U]):
         """Return the next step, or None at the end."""
         return self._steps[self._next] if self._next < len(self._steps) else None
 
+    def coming(self) -> U | None:
+        """Return the unit whose gather is the next to start; None when none is left."""
+        return next((step.unit for step in self._steps[self._next :] if step.kind == "gather"), None)
+
     def rest(self) -> Iterator[Step[U]]:
         """Yield all steps that have not started."""
         yield from self._until(len(self._steps))

@@ -134,6 +134,8 @@ class Updater:
         """Yield a batch for each chunk; with the last of a unit, the unit is complete."""
         number = {m: index for index, group in enumerate(self._optimizer.param_groups) for m in group["params"]}
         for unit in self._units:
+            for part in unit.gradients if self._flat is None else ():
+                part.seen = self._master_dtype
             state, chunks = (
                 self._optimizer.state,
                 [(part, chunk) for part in unit.gradients for chunk in part.flat.chunks],
