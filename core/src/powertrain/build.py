@@ -124,6 +124,8 @@ def initialize(
             recipe=Recipe.build(settings.precision, accelerator),
             hooks=hooks,
         )
+        for listener in hooks.listeners("on_prepare"):
+            listener(model=model, context=context)
         if settings.checkpoint.every is not None:
             saved.open_store(context, saved.checkpoint_uri(settings, None)).close()  # refused now, not hours later
         model = _prepare(model, context, weights)

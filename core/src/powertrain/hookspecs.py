@@ -129,6 +129,14 @@ def transform_model(model: torch.nn.Module, context: Context) -> torch.nn.Module
 
 
 @hookspec
+def on_prepare(model: torch.nn.Module, context: Context) -> None:
+    """Called before anything is allocated or sent: refuse here what this machine cannot carry.
+
+    ``model`` is as the user gave it; one that was deferred has no memory yet.
+    """
+
+
+@hookspec
 def on_engine_ready(engine: Engine) -> None:
     """Called once when the engine is complete."""
 

@@ -11,6 +11,7 @@ import torch
 
 from powertrain.errors import CheckpointError
 from powertrain.layout import Box, boxes
+from powertrain.roles.communicator import Handle
 from powertrain.roles.tier import DeviceSlot, Lease, Slot
 
 
@@ -24,9 +25,9 @@ class Loan:
         """Return the elements, flat, when they are here."""
         return self._lease.wait().view(self._dtype)
 
-    def store(self) -> None:
-        """Keep what was written into them."""
-        self._lease.store()
+    def store(self) -> Handle:
+        """Start to keep what was written into them; they are not to be touched any more."""
+        return self._lease.store()
 
     def release(self) -> None:
         """Keep what rests."""
@@ -62,6 +63,12 @@ class TensorSlice:
     ) -> TensorSlice:
         """Return a slice of ``numel`` elements that rest in ``slot`` from byte ``first`` on."""
         return cls(name, shape, torch.empty(numel, dtype=dtype, device="meta"), start, None, slot, first)
+
+    def narrow(self, start: int, stop: int) -> TensorSlice:
+        """Return elements ``start`` to ``stop`` of the slice as a slice."""
+        part = self.tensor.detach().view(-1)[start:stop]
+        first = self.first + start * part.element_size()
+        return attrs.evolve(self, tensor=part, start=self.start + start, first=first)
 
     def lend(self, start: int = 0, stop: int | None = None, *, blank: bool = False) -> Loan:
         """Start to bring elements ``start`` to ``stop`` of the slice into the host's memory, or lend it for new ones.

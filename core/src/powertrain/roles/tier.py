@@ -109,6 +109,13 @@ class Tier(ABC):
             StorageError: there is no room.
         """
 
+    def expect(self, nbytes: int) -> None:
+        """Take note that about so much will be reserved in all, before any of it is.
+
+        Raises:
+            StorageError: there is no room for it.
+        """
+
     def place(self, nbytes: int) -> Tier:
         """Return the tier in which the next piece of state of this size rests: itself, unless it stands for several."""
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from powertrain.roles.communicator import Done, Handle
@@ -21,14 +23,27 @@ class DiskTier(Tier):
         pool: lends memory for it on its way.
         device: where it is used.
         grain: bytes that are best moved at a time.
+        check: is told of the bytes that are to come, and refuses what there is no room for.
     """
 
     name = "nvme"
 
-    def __init__(self, swap: SwapFile, pool: Pool, device: torch.device, grain: int) -> None:
+    def __init__(
+        self, swap: SwapFile, pool: Pool, device: torch.device, grain: int, check: Callable[[int], None] | None = None
+    ) -> None:
         self.device = device
         self.grain = grain
         self.swap, self.pool = swap, pool
+        self._check = check
+
+    def expect(self, nbytes: int) -> None:
+        """Take note of what is to come.
+
+        Raises:
+            StorageFull: the disks have less.
+        """
+        if self._check is not None:
+            self._check(nbytes)
 
     def reserve(self, label: str, nbytes: int) -> DiskSlot:
         """Return a slot of space that is set aside.

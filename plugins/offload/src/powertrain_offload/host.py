@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from powertrain.roles.accelerator import Accelerator
@@ -19,16 +21,34 @@ class HostTier(Tier):
         compute: the device.
         device: where content is used: the device, or the host itself.
         grain: bytes that are best moved at a time.
+        check: is told of the bytes that are to come, and refuses what there is no room for.
     """
 
     name = "host"
 
-    def __init__(self, accelerator: Accelerator, compute: torch.device, device: torch.device, grain: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        compute: torch.device,
+        device: torch.device,
+        grain: int,
+        check: Callable[[int], None] | None = None,
+    ) -> None:
         self.device = device
         self.grain = grain
         self.resident = device.type == _HOST.type
+        self._check = check
         self.accelerator = accelerator
         self.stream = accelerator.stream(compute) if "streams" in accelerator.capabilities else None
+
+    def expect(self, nbytes: int) -> None:
+        """Take note of what is to come.
+
+        Raises:
+            HostMemoryShort: the host has less.
+        """
+        if self._check is not None:
+            self._check(nbytes)
 
     def reserve(self, label: str, nbytes: int) -> HostSlot:
         """Return a slot of host memory."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from powertrain.errors import ShardingError
 from powertrain.hookspecs import hookimpl
 from powertrain.plugin import Phase, Plugin
-from powertrain_offload.config import OffloadConfig
+from powertrain_offload.config import CATEGORIES, OffloadConfig
 
 if TYPE_CHECKING:
     import click
@@ -30,11 +31,35 @@ class OffloadPlugin(Plugin[OffloadConfig]):
     def __init__(self, config: OffloadConfig) -> None:
         super().__init__(config)
         self._tiers: Tiers | None = None
+        self._asked: set[Category] = set()
         self._activations: OffloadedActivations | None = None
+
+    @hookimpl
+    def on_prepare(self, model: torch.nn.Module, context: Context) -> None:
+        """Refuse what this machine cannot carry, before anything is allocated."""
+        if self.config.places != {"device"}:
+            self._all(context).check(model)
+
+    @hookimpl
+    def on_engine_ready(self, engine: Engine) -> None:
+        """Refuse a table that nobody asks about: its state would rest on the device in silence.
+
+        Raises:
+            ShardingError: nothing of the run can let it rest elsewhere.
+        """
+        unheard = [name for name in CATEGORIES if getattr(self.config, name) != "device" and name not in self._asked]
+        if unheard:
+            raise ShardingError(
+                f"nothing in this run lets its {' and '.join(unheard)} rest elsewhere than on the device",
+                where=f"offload.{unheard[0]}",
+                expected="a plugin that keeps its state in tiers, as zero does",
+                remedy="add the section [zero] with stage = 1, 2 or 3, or leave the key out",
+            )
 
     @hookimpl
     def make_tier(self, category: Category, context: Context) -> Tier | None:
         """Return where a category rests; None for the device."""
+        self._asked.add(category)
         if getattr(self.config, category) == "device":
             return None
         return self._all(context).of(category)

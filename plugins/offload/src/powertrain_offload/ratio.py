@@ -24,6 +24,11 @@ class RatioTier(Tier):
         self._away, self._near, self._ratio = away, near, ratio
         self._gone = self._total = 0
 
+    def expect(self, nbytes: int) -> None:
+        """Let each take note of its share."""
+        self._away.expect(int(nbytes * self._ratio))
+        self._near.expect(nbytes - int(nbytes * self._ratio))
+
     def place(self, nbytes: int) -> Tier:
         """Return where the next piece rests, so that the shares come out as near to the ratio as pieces allow."""
         self._total += nbytes

@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import re
-import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from powertrain.errors import StorageFull
 from powertrain.roles.files import FileEngine, RandomFile
+from powertrain_offload.preflight import free_bytes
 
 _log = logging.getLogger("powertrain.offload")
 
@@ -145,11 +145,6 @@ def sweep(directory: Path) -> None:
             with contextlib.suppress(OSError):
                 path.unlink()
                 _log.info("removed %s, which a killed run has left", path)
-
-
-def free_bytes(path: Path) -> int:
-    """Return what this user may still write at a path."""
-    return shutil.disk_usage(path).free
 
 
 def _pages(nbytes: int) -> int:

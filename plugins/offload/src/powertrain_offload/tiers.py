@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,36 +40,85 @@ class Tiers:
         self._swap: SwapFile | None = None
         self._pool: Pool | None = None
         self._open = 0
+        self._expected = {"host": 0, "nvme": 0}
+
+    @property
+    def paths(self) -> list[Path]:
+        """The directories."""
+        return [Path(path).expanduser() for path in self._table.paths]
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Refuse, before anything is allocated, what this machine cannot carry.
+
+        How much there will be is not known yet: what is certain of it is counted.
+
+        Raises:
+            StorageUnwritable, StorageUnfit, StorageFull: of the directories.
+            EngineUnavailable: the engine that the table names does not work here.
+            HostMemoryShort: the host has less memory than what rests there, or than transfers need.
+        """
+        table = self._table
+        if "nvme" in table.places:
+            preflight.check_paths(self.paths)
+            self._make_engine().close()
+            self._expect("nvme", self._least(model, "nvme"), "what rests on disks at least")
+            self._expect("host", min(table.buffers, self._least(model, "nvme")), "memory for transfers")
+        if "host" in table.places and self._context.device.type != _HOST.type:
+            self._expect("host", self._least(model, "host"), "what rests there at least")
+        self._expected = {"host": 0, "nvme": 0}
+
+    def _least(self, model: torch.nn.Module, place: str) -> int:
+        """Return the bytes that will rest in a place on this rank, whatever the optimizer keeps."""
+        recipe, ranks = self._context.recipe, self._context.mesh.size("data")
+        numel = sum(param.numel() for param in model.parameters() if param.requires_grad) // ranks
+        sizes = {"parameters": recipe.parameters.itemsize, "gradients": recipe.accumulate.itemsize}
+        total = sum(numel * size for name, size in sizes.items() if getattr(self._table, name) == place)
+        if self._table.optimizer == place and recipe.master != recipe.parameters:
+            total += int(numel * recipe.master.itemsize * self._table.ratio)
+        return total
 
     def of(self, category: Category) -> Tier:
         """Return where a category rests."""
         place = getattr(self._table, category)
         # Masters and optimizer state are updated by the processor; all else is used on the device.
         used = _HOST if category == "optimizer" else self._context.device
-        tier = self._disk(used) if place == "nvme" else self._host(used)
+        tier = self._disk(category, used) if place == "nvme" else self._host(category, used)
         if category == "optimizer" and self._table.ratio < 1.0:
             return RatioTier(tier, DeviceTier(self._context.device), self._table.ratio)
         return tier
 
-    def _host(self, used: torch.device) -> Tier:
+    def _host(self, category: Category, used: torch.device) -> Tier:
         device = self._context.device
         if device.type == _HOST.type:
-            _log.info("the device's memory is the host's here: what rests on the host stays where it is")
+            _log.info("%s: the device's memory is the host's here, so it stays where it is", category)
             return DeviceTier(device)
-        return HostTier(self._context.accelerator, device, used, self._table.grain)
+        check = partial(self._expect, "host", what=f"what rests of {category}")
+        return HostTier(self._context.accelerator, device, used, self._table.grain, check)
 
-    def _disk(self, used: torch.device) -> Tier:
+    def _disk(self, category: Category, used: torch.device) -> Tier:
         self._open += 1
         if self._swap is None or self._pool is None:
-            paths = [Path(path).expanduser() for path in self._table.paths]
-            preflight.check_paths(paths)
-            engine = self._context.hooks.one("make_file_engine", context=self._context)
-            table = self._table
-            self._engine = engine or io.open_engine("threads", block=table.block, threads=table.threads)
-            self._swap = SwapFile(self._engine, paths)
-            self._pool = Pool(self._engine, table.buffers)
-            _log.info("state rests in %s, moved by %s", ", ".join(map(str, paths)), self._engine.name)
-        return _SharedDiskTier(self, self._swap, self._pool, used, self._table.grain)
+            preflight.check_paths(self.paths)
+            self._engine = self._make_engine()
+            self._swap = SwapFile(self._engine, self.paths)
+            self._pool = Pool(self._engine, self._table.buffers)
+            _log.info("state rests in %s, moved by %s", ", ".join(map(str, self.paths)), self._engine.name)
+        check = partial(self._expect, "nvme", what=f"what rests of {category}")
+        return _SharedDiskTier(self, self._swap, self._pool, used, self._table.grain, check)
+
+    def _make_engine(self) -> FileEngine:
+        engine: FileEngine | None = self._context.hooks.one("make_file_engine", context=self._context)
+        return engine or io.open_engine("threads", block=self._table.block, threads=self._table.threads)
+
+    def _expect(self, place: str, nbytes: int, what: str) -> None:
+        """Check that there is room for so many bytes more, on all ranks of this host."""
+        self._expected[place] += nbytes
+        need, ranks = self._expected[place], self._context.rank.local_size
+        if place == "nvme":
+            preflight.check_space(self.paths, need, ranks, what)
+        else:
+            pinned = "pinned" in self._context.accelerator.capabilities
+            preflight.check_memory(need, ranks, what, pinned=pinned)
 
     def done(self) -> None:
         """One of the disk tiers has closed; with the last, the file goes."""
@@ -82,8 +133,8 @@ class Tiers:
 class _SharedDiskTier(DiskTier):
     """One of several that share a swap file."""
 
-    def __init__(self, tiers: Tiers, swap: SwapFile, pool: Pool, device: torch.device, grain: int) -> None:
-        super().__init__(swap, pool, device, grain)
+    def __init__(self, tiers: Tiers, *parts: Any) -> None:
+        super().__init__(*parts)
         self._tiers: Tiers | None = tiers
 
     def close(self) -> None:

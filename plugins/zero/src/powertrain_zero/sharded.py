@@ -41,6 +41,7 @@ from powertrain_zero.flow import Flow
 from powertrain_zero.generation import serve_generation
 from powertrain_zero.gradients import BufferPool, FlatGradients, add_up_whole
 from powertrain_zero.groups import Groups, hops
+from powertrain_zero.needs import Needs
 from powertrain_zero.parts import Parts
 from powertrain_zero.passes import Ballot
 from powertrain_zero.quantized_reduce import QuantizedReduce
@@ -96,8 +97,10 @@ class ShardedOptimizer(OptimizerWrapper):
         self._pieces = takes_pieces(optimizer) and granularity_of(optimizer) == "element"
         masters = Arena(lambda numel, dtype: torch.zeros(numel, dtype=dtype, device=self._communicator.device))
         gradients = Arena(lambda numel, dtype: self._communicator.empty(numel, dtype, self.groups.shard))
+        needs = Needs(self.tiers, optimizer, context.recipe.master, context.recipe.state)
         for plan in plans:
-            self._announce(plan, masters, gradients)
+            self._announce(plan, masters, gradients, needs)
+        needs.announce()
         masters.allocate()
         gradients.allocate()
         self.units = [self._make_unit(turn, plan, masters, gradients) for turn, plan in enumerate(plans)]
@@ -178,19 +181,22 @@ class ShardedOptimizer(OptimizerWrapper):
         own = partial(kernel, self._context.accelerator)
         return Blockwise(bits, quantize=own("quantize"), dequantize=own("dequantize"))
 
-    def _announce(self, plan: UnitPlan, masters: Arena, gradients: Arena) -> None:
-        """Tell how much of a unit stays on this rank beside whole buffers."""
+    def _announce(self, plan: UnitPlan, masters: Arena, gradients: Arena, needs: Needs) -> None:
+        """Tell how much of a unit stays on this rank beside whole buffers, and how much rests elsewhere."""
         recipe, shards = self._context.recipe, self.groups.shards
         for kind, named in kinds(plan, recipe.parameters, self._whole).items():
             layout = flat_layout(named, shards, whole_tensors=kind.whole, multiple=self._multiple, align=self._align)
-            master = recipe.master if kind.trainable else kind.dtype
-            if kind.trainable and masters_apart(self.tiers, kind.dtype, master, self._communicator.device):
-                master = kind.dtype
+            numel = layout.numel // shards
+            source = recipe.master if kind.trainable else kind.dtype
+            apart = kind.trainable and masters_apart(self.tiers, kind.dtype, source, self._communicator.device)
+            if apart:
+                source = kind.dtype
+            needs.add(numel, source=source, gradient=recipe.accumulate if kind.trainable else None, apart=apart)
             # Otherwise the slice is a part of the whole buffer, or rests elsewhere.
-            if (self.stage == 3 and self.tiers.parameters.stays) or (self.stage < 3 and master != kind.dtype):
-                masters.want(layout.numel // shards, master)
+            if (self.stage == 3 and self.tiers.parameters.stays) or (self.stage < 3 and source != kind.dtype):
+                masters.want(numel, source)
             if kind.trainable and not self._whole_gradients and self.tiers.gradients.stays:
-                gradients.want(layout.numel // shards, recipe.accumulate)
+                gradients.want(numel, recipe.accumulate)
 
     def _make_unit(self, turn: int, plan: UnitPlan, masters: Arena, gradient_arena: Arena) -> Unit:
         """Give a unit its memory."""
