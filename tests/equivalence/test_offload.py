@@ -196,3 +196,45 @@ def test_checkpoints_fit_every_tier(
     for name, tensor in unbroken[1].items():
         tolerance = 1e-5 if compute == "fp32" else 2e-2
         torch.testing.assert_close(resumed[1][name].float(), tensor.float(), rtol=tolerance, atol=tolerance)
+
+
+LATE = ("blocks.2.", "head.")
+"""What is updated late in ``Wide``: units from the end that make up at most half of the parameters."""
+
+
+def late_loop(steps: int, clip: float) -> dict[str, Any]:
+    """Train ``Wide`` with nothing but PyTorch; the late units are used as they were one update before."""
+    torch.manual_seed(3)
+    model = Wide()
+    masters = {name: nn.Parameter(param.detach().clone()) for name, param in model.named_parameters()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-3)
+    inputs, targets = plain.make_data()
+    losses = []
+    for _ in range(steps):
+        model.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        losses.append(loss.item())
+        for name, param in model.named_parameters():
+            masters[name].grad = param.grad
+        nn.utils.clip_grad_norm_(masters.values(), clip)
+        before = {name: master.detach().clone() for name, master in masters.items()}
+        optimizer.step()
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(before[name] if name.startswith(LATE) else masters[name])
+    return {"losses": losses, "params": {name: master.detach().clone() for name, master in masters.items()}}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_delayed_update_is_one_step_late_and_no_more(ranks: Any, tmp_path: Path, world: int, stage: int) -> None:
+    """The units at the end use parameters of one update before, as in a loop that does so; masters are never late."""
+    settings = {"zero": {"stage": stage} | ({"unit": "Linear"} if stage == 3 else {"bucket": 93_000}), "optimizers": {}}
+    settings |= {"batch": {"total": plain.SAMPLES}, "optimizer": {"lr": 1e-3, "clip": 0.05}}
+    settings["offload"] = away(stage, tmp_path, delayed=True)
+    mine, theirs = ranks(world, train_tiny, settings, 6), late_loop(6, 0.05)
+    assert mine[0]["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+    assert plain.difference(sharded.parameters([r["slices"] for r in mine]), theirs["params"]) <= 1e-5
+    near = ranks(world, train_tiny, {k: v for k, v in settings.items() if k != "offload"}, 6)
+    assert mine[0]["losses"] != pytest.approx(near[0]["losses"], rel=1e-6), "nothing was late"

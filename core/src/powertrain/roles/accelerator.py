@@ -120,6 +120,12 @@ class Accelerator(ABC):
     def finish(self, event: Any) -> None:
         """Let the host wait until ``event`` fires (capability ``streams``)."""
 
+    def share(self, tensor: torch.Tensor, stream: Any) -> None:
+        """Keep the memory of ``tensor``, once freed, from new use until ``stream`` is done with it (``streams``).
+
+        For a stream other than the one that was current when it was allocated. None stands for the current one.
+        """
+
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return host memory holding ``tensor`` from which copies run beside compute (``pinned``)."""
         return tensor

@@ -89,6 +89,7 @@ class Tier(ABC):
         resident: whether content always lies in the memory of ``device``.
         stays: whether that is the device that computes, so that nothing ever moves.
         grain: bytes that are best moved at a time: enough to keep what moves them busy, few beside what rests.
+        late: the share of state whose update may go on during the next forward pass, which uses the one before.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Tier(ABC):
     resident: bool = False
     stays: bool = False
     grain: int = 32 * 2**20
+    late: float = 0.0
 
     @abstractmethod
     def reserve(self, label: str, nbytes: int) -> Slot:

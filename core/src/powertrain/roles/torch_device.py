@@ -175,6 +175,10 @@ class TorchDeviceAccelerator(Accelerator):
         if event is not None:
             event.synchronize()
 
+    def share(self, tensor: torch.Tensor, stream: Any) -> None:
+        """Tell the allocator that ``stream`` uses the memory of ``tensor`` too; None means the current stream."""
+        tensor.record_stream(self.module.current_stream() if stream is None else stream)
+
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return page-locked host memory that holds ``tensor``; itself if it is that already."""
         return tensor.pin_memory()

@@ -40,6 +40,10 @@ class FakeEvent:
         self.source = stream.name
         self.module.calls.append(f"record {stream.name}")
 
+    def synchronize(self) -> None:
+        """Note that the host waits for what this event was recorded on."""
+        self.module.calls.append(f"host waits for {self.source}")
+
 
 class FakeDeviceModule:
     """Offers what ``powertrain.roles.torch_device`` asks of a device module.

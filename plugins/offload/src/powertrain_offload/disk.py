@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 
+from powertrain.errors import StorageError
 from powertrain.roles.communicator import Done, Handle
 from powertrain.roles.files import Transfer
 from powertrain.roles.tier import Lease, Slot, Tier
@@ -152,19 +154,20 @@ class DiskLease(Lease):
         """Start to write."""
         buffer, self._buffer = self._buffer, None
         assert buffer is not None, "a lease has ended already"
-        if self._read is not None:  # nobody looked at what was there
+        if self._read is not None:  # nobody looked at what was there: it stays
             self._read.wait()
-        if self._away:
+        elif self._away:
             self._host.copy_(self.tensor)
         return self._slot.write(self._start, self._stop, buffer, self._low)
 
     def release(self) -> None:
-        """Give the buffer back."""
+        """Give the buffer back; what could not be read is not missed any more."""
         buffer, self._buffer = self._buffer, None
         if buffer is None:
             return
         if self._read is not None:
-            self._read.wait()
+            with contextlib.suppress(StorageError):
+                self._read.wait()
             self._read = None
         self._slot.tier.pool.give_back(buffer)
 

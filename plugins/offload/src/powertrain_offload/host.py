@@ -56,6 +56,10 @@ class HostTier(Tier):
         pinned = "pinned" in self.accelerator.capabilities and nbytes > 0
         return HostSlot(self, self.accelerator.pin(memory) if pinned else memory)
 
+    def settle(self) -> None:
+        """Wait until what devices have stored is here."""
+        self.accelerator.finish(self.accelerator.record(self.stream))
+
 
 class HostSlot(Slot):
     """Host memory."""
@@ -66,7 +70,7 @@ class HostSlot(Slot):
         self.memory = memory
         self.nbytes = memory.numel()
         self.resident = memory if tier.resident else None
-        self.arriving: object = None  # the event after which what a device has stored is here
+        self.moving: object = None  # the event after which no copy from or to a device is under way
 
     def fetch(self, start: int = 0, stop: int | None = None, device: torch.device | None = None) -> Lease:
         """Return the memory itself on the host; start to copy it to a device."""
@@ -77,16 +81,16 @@ class HostSlot(Slot):
         return self._lend(start, stop, device or self.device, full=False)
 
     def free(self) -> None:
-        """Let go of the memory, once nothing is on its way into it."""
+        """Let go of the memory, once nothing is on its way into it or out of it."""
         self.settle()
         self.memory = self.memory[:0]
         self.resident = None
 
     def settle(self) -> None:
-        """Wait, on the host, for what a device has stored."""
-        if self.arriving is not None:
-            self.tier.accelerator.finish(self.arriving)
-            self.arriving = None
+        """Let the host wait until what a device has stored is here, and what it has fetched is there."""
+        if self.moving is not None:
+            self.tier.accelerator.finish(self.moving)
+            self.moving = None
 
     def _lend(self, start: int, stop: int | None, device: torch.device, *, full: bool) -> Lease:
         part = self.memory[start : self.nbytes if stop is None else stop]
@@ -119,16 +123,19 @@ class _OnDevice(Lease):
         self._slot, self._home = slot, home
         self._event: object = None
         tier = slot.tier
-        self.tensor = torch.empty(home.shape, dtype=home.dtype, device=device)
-        if full:
-            with tier.accelerator.use_stream(tier.stream):
-                tier.accelerator.wait(tier.stream, tier.accelerator.record(None) if tier.stream is None else None)
-                self.tensor.copy_(home, non_blocking=tier.stream is not None)
-                self._event = tier.accelerator.record(tier.stream)
+        if not full:
+            self.tensor = torch.empty(home.shape, dtype=home.dtype, device=device)
+            return
+        with tier.accelerator.use_stream(tier.stream):
+            # Memory of the stream that copies: what is queued on others may still use what theirs would give.
+            self.tensor = torch.empty(home.shape, dtype=home.dtype, device=device)
+            self.tensor.copy_(home, non_blocking=tier.stream is not None)
+            self._event = slot.moving = tier.accelerator.record(tier.stream)
 
     def wait(self) -> torch.Tensor:
         if self._event is not None:
             self._slot.tier.accelerator.wait(None, self._event)
+            self._slot.tier.accelerator.share(self.tensor, None)
             self._event = None
         return self.tensor
 
@@ -138,7 +145,8 @@ class _OnDevice(Lease):
         with tier.accelerator.use_stream(tier.stream):
             tier.accelerator.wait(tier.stream, computed)
             self._home.copy_(self.tensor, non_blocking=tier.stream is not None)
-            self._slot.arriving = tier.accelerator.record(tier.stream)
+            tier.accelerator.share(self.tensor, tier.stream)  # whoever lent it lets go of it now
+            self._slot.moving = tier.accelerator.record(tier.stream)
         return Done()
 
     def release(self) -> None:

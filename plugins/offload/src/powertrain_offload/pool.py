@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 
 import attrs
@@ -32,7 +33,7 @@ class Buffer:
 
 
 class Pool:
-    """Lends buffers; those being written out come back by themselves.
+    """Lends buffers; those being written out come back by themselves. Several threads may use it.
 
     Args:
         engine: makes aligned memory.
@@ -46,6 +47,7 @@ class Pool:
         self._free: list[Buffer] = []
         self._leaving: deque[tuple[Transfer, Buffer]] = deque()
         self._total = 0
+        self._lock = threading.RLock()
 
     def borrow(self, nbytes: int) -> Buffer:
         """Return a buffer of at least ``nbytes`` with arbitrary content.
@@ -54,22 +56,25 @@ class Pool:
             TransferFailed: a write under way has failed.
         """
         size = max(-(-nbytes // _ROUND) * _ROUND, _ROUND)
-        self._reap()
-        found = self._take(size)
-        while found is None and self._total + size > self._limit and self._leaving:
-            self._finish_one()
+        with self._lock:
+            self._reap()
             found = self._take(size)
-        return found or self._make(size)
+            while found is None and self._total + size > self._limit and self._leaving:
+                self._finish_one()
+                found = self._take(size)
+            return found or self._make(size)
 
     def give_back(self, buffer: Buffer) -> None:
         """Take a buffer back."""
-        self._free.append(buffer)
-        while self._total > self._limit and self._free:
-            self._total -= self._free.pop(0).nbytes
+        with self._lock:
+            self._free.append(buffer)
+            while self._total > self._limit and self._free:
+                self._total -= self._free.pop(0).nbytes
 
     def leaves(self, transfer: Transfer, buffer: Buffer) -> None:
         """Take a buffer back when it is written out."""
-        self._leaving.append((transfer, buffer))
+        with self._lock:
+            self._leaving.append((transfer, buffer))
 
     def settle(self) -> None:
         """Wait for all writes.
@@ -77,12 +82,14 @@ class Pool:
         Raises:
             TransferFailed: one has failed.
         """
-        while self._leaving:
-            self._finish_one()
+        with self._lock:
+            while self._leaving:
+                self._finish_one()
 
     def drop(self) -> None:
         """Let go of all buffers; those on loan go with their last use."""
-        self._free.clear()
+        with self._lock:
+            self._free.clear()
 
     def _take(self, size: int) -> Buffer | None:
         """Return the smallest free buffer that is large enough, unless it is far too large."""

@@ -150,7 +150,8 @@ def file_system(path: Path, table: str = "/proc/self/mountinfo") -> str | None:
     found: tuple[int, str] | None = None
     for line in lines:
         fields, _, rest = line.partition(" - ")
-        mount = fields.split()[4].encode().decode("unicode_escape")
+        # Blanks are written as in C (\040); all else is bytes as the file system has them.
+        mount = os.fsdecode(fields.split()[4].encode().decode("unicode_escape").encode("latin-1"))
         inside = mount == "/" or place == mount or place.startswith(mount + "/")
         if inside and (found is None or len(mount) >= found[0]):
             found = len(mount), rest.split()[0]

@@ -21,6 +21,7 @@ class RatioTier(Tier):
         self.device: torch.device = away.device
         self.grain = away.grain
         self.stays = away.stays
+        self.late = away.late
         self._away, self._near, self._ratio = away, near, ratio
         self._gone = self._total = 0
 

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ _STEP = 64 * 2**20
 
 
 class SwapFile:
-    """Space on disks, set aside piece by piece.
+    """Space on disks, set aside piece by piece; several threads may ask for it.
 
     Args:
         engine: moves the bytes.
@@ -56,6 +57,7 @@ class SwapFile:
         self._end = 0
         self._size = 0
         self._gaps: dict[int, int] = {}  # free space by its start
+        self._lock = threading.Lock()
 
     @property
     def used(self) -> int:
@@ -68,7 +70,10 @@ class SwapFile:
         Raises:
             StorageFull: the disks have less, with the numbers.
         """
-        size = _pages(nbytes)
+        with self._lock:
+            return self._allocate(_pages(nbytes), label)
+
+    def _allocate(self, size: int, label: str) -> int:
         for start, length in sorted(self._gaps.items(), key=lambda gap: gap[1]):
             if length >= size:
                 del self._gaps[start]
@@ -83,7 +88,10 @@ class SwapFile:
 
     def free(self, start: int, nbytes: int) -> None:
         """Give space back."""
-        size = _pages(nbytes)
+        with self._lock:
+            self._free(start, _pages(nbytes))
+
+    def _free(self, start: int, size: int) -> None:
         if not size:
             return
         for other, length in list(self._gaps.items()):

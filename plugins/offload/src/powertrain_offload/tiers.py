@@ -24,6 +24,10 @@ _log = logging.getLogger("powertrain.offload")
 
 _HOST = torch.device("cpu")
 
+LATE = 0.5
+"""With ``delayed``: the share of the parameters whose update may go on during the next forward pass. A forward pass
+takes about as long as half of what the processor's update of all takes, where offloading pays at all."""
+
 
 class Tiers:
     """Makes the tiers that ``[offload]`` asks for.
@@ -83,6 +87,8 @@ class Tiers:
         # Masters and optimizer state are updated by the processor; all else is used on the device.
         used = _HOST if category == "optimizer" else self._context.device
         tier = self._disk(category, used) if place == "nvme" else self._host(category, used)
+        if category == "optimizer" and self._table.delayed and not tier.stays:
+            tier.late = LATE
         if category == "optimizer" and self._table.ratio < 1.0:
             return RatioTier(tier, DeviceTier(self._context.device), self._table.ratio)
         return tier

@@ -28,6 +28,7 @@ class Travel:
         grads: the gradients of masters that have one, between ``bind`` and ``put_away``.
         outs: where the masters' new values go in the model's format, where that is apart.
         kept: the optimizer's state, where it does not stay.
+        held: the model does not see new values before ``show``.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Travel:
         label = f"{flat.label} [{chunk.start}:{chunk.stop}]"
         self.kept = None if chunk.place.resident else KeptState(chunk, state, label)
         self._flat, self._gradients = flat, gradients
+        self.held = False
         self._masters: Lease | None = None
         self._grads: Lease | None = None
         self._outs: Lease | None = None
+        self._unseen: torch.Tensor | None = None
 
     def fetch(self) -> None:
         """Start to bring everything."""
@@ -63,8 +66,12 @@ class Travel:
         used = [segment for segment in chunk.segments if self._gradients.anywhere[segment.index]]
         self.grads = {segment.master: segment.of(grads, chunk.start) for segment in used}
         if self._flat.apart:
-            self._outs = self._flat.blank(chunk)
-            values = self._outs.wait().view(self._flat.source_dtype)
+            if self.held:
+                size, dtype = chunk.stop - chunk.start, self._flat.source_dtype
+                values = self._unseen = torch.empty(size, dtype=dtype, device=chunk.device)
+            else:
+                self._outs = self._flat.blank(chunk)
+                values = self._outs.wait().view(self._flat.source_dtype)
             self.outs = {segment.master: segment.of(values, chunk.start) for segment in chunk.segments}
 
     def put_away(self, *, cast: bool) -> None:
@@ -89,6 +96,12 @@ class Travel:
         self._grads.release()
         self._masters = self._grads = self._outs = None
 
+    def show(self) -> None:
+        """Let the model see the values of the last update."""
+        values, self._unseen = self._unseen, None
+        if values is not None:
+            self._flat.write(self.chunk, values)
+
     def abandon(self) -> None:
         """End all loans after a failure."""
         for lease in (self._masters, self._grads, self._outs):
@@ -108,6 +121,7 @@ class Batch:
         members: masters, for each of the optimizer's groups.
         travels: chunks that come for it.
         units: which are complete after it, and are published.
+        of: the unit that it is of; None for several.
     """
 
     def __init__(
@@ -115,7 +129,9 @@ class Batch:
         members: Sequence[list[torch.nn.Parameter]],
         travels: Sequence[Travel] = (),
         units: Sequence[Unit] = (),
+        of: Unit | None = None,
     ) -> None:
+        self.of = of
         self.members = list(members)
         self.travels = list(travels)
         self.units = list(units)
@@ -139,3 +155,13 @@ class Batch:
         """End all loans after a failure."""
         for travel in self.travels:
             travel.abandon()
+
+    def hold(self) -> None:
+        """Let the model not see new values before ``show``."""
+        for travel in self.travels:
+            travel.held = True
+
+    def show(self) -> None:
+        """Let the model see the values of the last update."""
+        for travel in self.travels:
+            travel.show()

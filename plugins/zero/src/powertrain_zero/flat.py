@@ -280,9 +280,11 @@ class Flat:
 def masters_apart(tiers: Tiers, dtype: torch.dtype, master: torch.dtype, device: torch.device) -> bool:
     """Return whether masters rest apart from what units are gathered from.
 
-    Only where they rest elsewhere than the device, and are another format, or used on another device.
+    Only where they rest elsewhere than the device, and are another format, used on another device, or updated while
+    the model still uses the parameters of before.
     """
-    return not tiers.optimizer.stays and (dtype != master or tiers.optimizer.device != device)
+    differ = dtype != master or tiers.optimizer.device != device or tiers.optimizer.late > 0
+    return not tiers.optimizer.stays and differ
 
 
 def flat_layout(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import torch
 from powertrain.roles.optimizer import FlatOptimizer
 from powertrain.roles.tier import Tier
 from powertrain_zero.chunk import Tiers
+from powertrain_zero.work import twin_of
 
 _SIDE = 64
 """The probed matrix has so many rows and columns: factored state is small beside it."""
@@ -70,7 +70,7 @@ def bytes_per_element(optimizer: torch.optim.Optimizer, master: torch.dtype, sta
     A guess (two moments) where a copy cannot take a step alone.
     """
     param = torch.nn.Parameter(torch.full((_SIDE, _SIDE), 0.5, dtype=master))
-    probe = copy.copy(optimizer)
+    probe = twin_of(optimizer)
     probe.state = defaultdict(dict)
     probe.param_groups = [
         {**group, "params": [param] if index == 0 else []} for index, group in enumerate(optimizer.param_groups)

@@ -280,6 +280,7 @@ class ShardedOptimizer(OptimizerWrapper):
     @torch.no_grad()  # also where gradients are differentiated themselves
     def _arrived(self, param: torch.Tensor) -> None:
         """Move a gradient that autograd has just finished into its buffer."""
+        self._updater.late.join()  # it reads the gradients that are replaced now
         unit, gradients, index = self._gradients_of[param]  # type: ignore[index]
         grad = param.grad
         assert grad is not None
@@ -372,6 +373,13 @@ class ShardedOptimizer(OptimizerWrapper):
         )  # fmt: skip
 
     @torch.no_grad()
+    def catch_up(self) -> None:
+        """Let the model see updates that it was to see one step later; every rank calls it."""
+        for handle in [self.publish_unit(unit, cast=True) for unit in self._updater.late.show()]:
+            if handle is not None:
+                handle.wait()
+
+    @torch.no_grad()
     def publish_unit(self, unit: Unit, *, frozen: bool = False, cast: bool = False) -> Handle | None:
         """Start bringing new values of the masters into a unit's parameters, where these stay whole."""
         unit.forget_kept()
@@ -383,6 +391,7 @@ class ShardedOptimizer(OptimizerWrapper):
     @torch.no_grad()
     def publish(self) -> None:
         """Make the model follow values that were written into this rank's slices."""
+        self.catch_up()
         self._parts.write_back()
         for unit in self.units:
             for flat in unit.flats:
@@ -400,6 +409,7 @@ class ShardedOptimizer(OptimizerWrapper):
 
     def parts(self, param: torch.nn.Parameter) -> dict[str, TensorSlice]:
         """Return this rank's slices of a parameter, its gradient and its optimizer state."""
+        self._updater.late.join()
         unit, flat, index = self._home[param]
         gradients = next((part for part in unit.gradients if part.flat is flat), None)
         if gradients is None or not self._flushed or not gradients.anywhere[index]:
@@ -412,6 +422,7 @@ class ShardedOptimizer(OptimizerWrapper):
 
     @contextmanager
     def _gathered(self, params: list[torch.nn.Parameter], write: bool) -> Iterator[None]:
+        self.catch_up()
         units = [unit for unit in self.units if any(self._home[param][0] is unit for param in params)]
         for unit in units:
             unit.hold()
@@ -456,6 +467,7 @@ class ShardedOptimizer(OptimizerWrapper):
 
     def tensors(self) -> list[TensorSlice]:
         """Return this rank's slices of parameters (masters) and optimizer state."""
+        self.catch_up()
         return self._saved.tensors()
 
     def values(self) -> dict[str, Any]:
@@ -464,6 +476,7 @@ class ShardedOptimizer(OptimizerWrapper):
 
     def load(self, reader: CheckpointReader) -> list[str]:
         """Fill this rank's slices in one read."""
+        self.catch_up()
         self._parts.forget()
         names = self._saved.load(reader)
         self.publish()
@@ -471,6 +484,7 @@ class ShardedOptimizer(OptimizerWrapper):
 
     def close(self) -> None:
         """Take hooks off the model; parameters that are not gathered stay so."""
+        self._updater.late.join()
         for hook in self._hooks:
             hook.remove()
         for unit in self.units:

@@ -6,10 +6,9 @@ than on the device, a chunk. While one is updated the next comes and the last le
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -18,14 +17,15 @@ from powertrain.compat import has_step_hooks
 from powertrain.context import Context
 from powertrain.errors import PrecisionError, ShardingError
 from powertrain.roles.communicator import Done, Handle
-from powertrain.roles.optimizer import FlatOptimizer, Request, Update, blocks_of, clip_factor, granularity_of
+from powertrain.roles.optimizer import FlatOptimizer, Update, blocks_of, clip_factor, granularity_of
 from powertrain_zero.batch import Batch, Travel
 from powertrain_zero.chunk import Chunk, Segment, Tiers
 from powertrain_zero.groups import Groups
+from powertrain_zero.late import Late, late_units
 from powertrain_zero.unit import Unit
+from powertrain_zero.work import Work, run_through
 
-AHEAD = 1
-"""Batches that are on their way here while one is updated."""
+_log = logging.getLogger("powertrain.zero")
 
 
 class Updater:
@@ -34,6 +34,7 @@ class Updater:
     Attributes:
         travels: for each chunk that does not stay, what brings it here.
         scale: what the last update multiplied gradients by, and they were not yet.
+        late: what is updated during the next forward pass.
 
     Args:
         units: whose segments are updated.
@@ -107,6 +108,7 @@ class Updater:
             )
         self._moves = not tiers.stay
         self.travels: dict[Chunk, Travel] = {}
+        self.late = Late([])
         if self._moves and not of_torch:
             raise ShardingError(
                 f"{type(optimizer).__name__} updates all parameters in one call: they cannot come one after the other",
@@ -116,11 +118,48 @@ class Updater:
             )
         if self._moves:
             self._batches = list(self._travelling())
+            self.late = self._make_late(tiers, elementwise=elementwise)
         elif elementwise and of_torch and (travels or self._converts):
             self._batches = [Batch(self._members([unit]), units=[unit]) for unit in units]
         else:
             self._batches = [self._everything()]
         self.scale: float | torch.Tensor = 1.0
+        self._work = Work(
+            optimizer,
+            outs=self._outs,
+            total=self._total,
+            converts=(self._state_dtype, self._master_dtype) if self._converts else None,
+        )
+
+    def _make_late(self, tiers: Tiers, *, elementwise: bool) -> Late:
+        """Take the batches of late units out of those that are updated at once.
+
+        Raises:
+            ShardingError: the optimizer's rule looks at more than single elements, over all ranks.
+        """
+        if not tiers.optimizer.late:
+            return Late([])
+        if not elementwise:
+            raise ShardingError(
+                f"the update of {type(self._optimizer).__name__} asks other ranks, which a delayed one cannot",
+                where=f"state that rests on {tiers.optimizer.name}",
+                expected="an optimizer that updates element by element, such as adamw",
+                remedy="choose another optimizer, or leave offload.delayed out",
+            )
+        units = late_units(self._units, tiers.optimizer.late)
+        first = next((n for n, batch in enumerate(self._batches) if batch.of in units), len(self._batches))
+        late = Late(self._batches[first:])
+        self._batches = self._batches[:first]
+        for batch in late.batches:
+            batch.hold()
+        if units:
+            names = units[0].name if len(units) == 1 else f"{units[0].name} … {units[-1].name}"
+            _log.info(
+                "delayed: %d of %d units (%s) use parameters of one step before", len(units), len(self._units), names
+            )
+        else:
+            _log.warning("delayed: no unit is small enough to be updated late; nothing changes by it")
+        return late
 
     def _members(self, units: Sequence[Unit]) -> list[list[torch.nn.Parameter]]:
         """Return the masters of some units, for each of the optimizer's groups."""
@@ -147,9 +186,9 @@ class Updater:
                     if segment.master in number:
                         members[number[segment.master]].append(segment.master)
                 self.travels[travel.chunk] = travel
-                yield Batch(members, [travel], [unit] if travel is travels[-1] else [])
+                yield Batch(members, [travel], [unit] if travel is travels[-1] else [], of=unit)
             if not travels:
-                yield Batch([[] for _ in self._optimizer.param_groups], units=[unit])
+                yield Batch([[] for _ in self._optimizer.param_groups], units=[unit], of=unit)
 
     def _share(self, segment: Segment, key: str, value: Any, group: Mapping[str, Any]) -> Any:
         """Return a segment's part of what the optimizer knows of a whole parameter."""
@@ -215,43 +254,14 @@ class Updater:
             for master, grad in grads.items():
                 master.grad = copies.get(master, grad)
             batches = [self._everything()]
-        coming = iter(batches)
-        for batch in islice(coming, AHEAD):
-            batch.fetch()
-        for batch in batches:
-            for other in islice(coming, 1):
-                other.fetch()
-            self._update(batch, grads)
+        handles += [publish(unit) for unit in self.late.show()]
+        for batch in run_through(batches, self._work, grads, self.scale):
             handles += [publish(unit) for unit in batch.units]
         for published in handles:
             if published is not None:
                 published.wait()
-
-    def _update(self, batch: Batch, grads: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-        """Let the optimizer update one batch."""
-        try:
-            batch.bind()
-            grads = self._deliver_to(batch) if batch.travels else grads
-            if batch.travels or any(batch.members):
-                with self._only(batch), self._asked(grads, batch):
-                    self._optimizer.step()
-            for master in grads if batch.travels else ():
-                master.grad = None
-            batch.put_away(cast=self._flat is not None)
-        except BaseException:
-            for other in self._batches:
-                other.abandon()
-            raise
-
-    def _deliver_to(self, batch: Batch) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Put the gradients of what has come where the optimizer looks for them, scaled unless it scales itself."""
-        grads = {master: grad for travel in batch.travels for master, grad in travel.grads.items()}
-        for master, grad in grads.items():
-            if self._flat is None:
-                grads[master] = grad = grad.to(master.dtype, copy=True).mul_(self.scale)
-            if grad.dtype == master.dtype:
-                master.grad = grad
-        return grads
+        if self.late.batches:
+            self.late.start(self._work.beside(), self.scale)
 
     def _check_hooks(self) -> None:
         """Refuse hooks that want to see all of what comes piece by piece.
@@ -265,16 +275,6 @@ class Updater:
                 where=f"step hooks of {type(self._optimizer).__name__}",
                 remedy="use the engine's events (on_step_end) and powertrain.state, or let state rest on the device",
             )
-
-    def _asked(self, grads: Mapping[torch.nn.Parameter, torch.Tensor], batch: Batch) -> AbstractContextManager[None]:
-        """Ask a flat optimizer to scale, and to cast into what the model uses, on its way."""
-        if self._flat is None:
-            return nullcontext()
-        others = {master: grad for master, grad in grads.items() if master.grad is None}
-        outs = self._outs
-        if batch.travels:
-            outs = outs | {master: out for travel in batch.travels for master, out in travel.outs.items()}
-        return self._flat.asked(Request(scale=self.scale, outs=outs, grads=others, total=self._total))
 
     def _total(
         self, figures: torch.Tensor, params: Sequence[torch.nn.Parameter], how: Literal["sum", "max"] = "sum"
@@ -360,36 +360,3 @@ class Updater:
             return norm, Done()
         square = norm.to(device=self._communicator.device, dtype=torch.float32).square()
         return square, self._communicator.all_reduce(square, self._groups.shard, label="gradient norm")
-
-    @contextmanager
-    def _only(self, batch: Batch) -> Iterator[None]:
-        """Let the optimizer see one batch's masters, with their state in the master's format."""
-        groups = self._optimizer.param_groups
-        everything = [group["params"] for group in groups]
-        try:
-            for group, members in zip(groups, batch.members, strict=True):
-                group["params"] = members
-            with self._converted(batch.members):
-                yield
-        finally:
-            for group, members in zip(groups, everything, strict=True):
-                group["params"] = members
-
-    @contextmanager
-    def _converted(self, members: Sequence[Sequence[torch.nn.Parameter]]) -> Iterator[None]:
-        """Let the state of some segments be in the master's format."""
-        if not self._converts:
-            yield
-            return
-        self._convert(members, self._master_dtype)
-        yield
-        self._convert(members, self._state_dtype)
-
-    def _convert(self, members: Sequence[Sequence[torch.nn.Parameter]], dtype: torch.dtype) -> None:
-        """Convert the optimizer state of some segments, scalars excepted."""
-        for masters in members:
-            for master in masters:
-                state = self._optimizer.state.get(master, {})
-                for key, value in state.items():
-                    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.is_floating_point():
-                        state[key] = value.to(dtype)
