@@ -33,13 +33,13 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from zero_bench.contenders import CONTENDERS
+from zero_bench.contenders import CONTENDERS, OFFLOADED
 from zero_bench.launch import Run, Setting, missing
 from zero_bench.model import SIZES
 from zero_bench.panel import Plan, compete, panels, room_for
 from zero_bench.table import render
 
-DEFAULT = [name for name in CONTENDERS if name != "fsdp2-once"]
+DEFAULT = [name for name in CONTENDERS if name != "fsdp2-once" and name not in OFFLOADED]
 
 
 def arguments() -> argparse.Namespace:

@@ -37,6 +37,9 @@ HOOKS_OF_API_1 = {
     "on_checkpoint_saved": ["engine", "directory", "tag"],
     "on_error": ["engine", "error"],
     "on_close": ["engine"],
+    "on_prepare": ["model", "context"],
+    "make_tier": ["category", "context"],
+    "make_file_engine": ["context"],
     "add_commands": ["cli"],
 }
 

@@ -35,12 +35,18 @@ class Job:
         precision: fp32 or bf16.
         accumulation: micro-batches in a step.
         stage: of Powertrain and DeepSpeed.
+        away: what rests elsewhere, and where: "host", "nvme" (optimizer state), "nvme-all" (parameters as well).
+        path: a directory on the disk that "nvme" means.
+        moved: returns the bytes that a contender has read and written there, if it counts them.
         update_seconds: what the last update alone took, where a contender measures it.
     """
 
     precision: str
     accumulation: int
     stage: int = 0
+    away: str = ""
+    path: str = ""
+    moved: Callable[[], int] = lambda: 0
     update_seconds: list[float] = field(default_factory=list)
 
     @property
@@ -148,7 +154,10 @@ def deepspeed(model: nn.Module, job: Job) -> Step:
     if job.stage:
         # As Powertrain's: the default of 500M claims 2 GB here, and a bucket as large as the model was no faster.
         zero["reduce_bucket_size"] = 4_000_000
-    if job.stage in (1, 2):
+    optimizer: Any = None
+    if job.away:
+        optimizer = ds_offload(zero, job)
+    if job.stage in (1, 2) and not job.away:
         zero["compute_grad_norm"] = False  # nobody clips, and nobody else computes it
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
@@ -158,7 +167,11 @@ def deepspeed(model: nn.Module, job: Job) -> Step:
         "gradient_clipping": 0.0,  # the default clips at 1, which changes the losses
         "steps_per_print": 10**9,
     }
-    engine, *_ = ds.initialize(model=model, optimizer=adamw(model.parameters()), config=config)
+    if job.away.startswith("nvme"):
+        # What its own tuner (ds_nvme_tune) recommends on this kind of disk.
+        config["aio"] = {"block_size": 2**20, "queue_depth": 32, "overlap_events": True, "intra_op_parallelism": 1}
+    optimizer = optimizer(model.parameters()) if optimizer else adamw(model.parameters())
+    engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=config)
 
     def step(tokens: torch.Tensor) -> float:
         total = 0.0
@@ -172,6 +185,25 @@ def deepspeed(model: nn.Module, job: Job) -> Step:
     return step
 
 
+def ds_offload(zero: dict[str, Any], job: Job) -> Callable[..., torch.optim.Optimizer]:
+    """Fill in DeepSpeed's offload tables; return its own CPU Adam, which it asks for then."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    where = "nvme" if job.away.startswith("nvme") else "cpu"
+    place: dict[str, Any] = {"device": where, "pin_memory": False}
+    if where == "nvme":
+        place |= {"nvme_path": job.path, "pipeline_read": True, "pipeline_write": True}
+    zero["offload_optimizer"] = place
+    if job.away == "nvme-all":
+        zero["offload_param"] = {
+            "device": "nvme",
+            "nvme_path": job.path,
+            "pin_memory": False,
+            "buffer_size": 40_000_000,
+        }
+    return lambda params: DeepSpeedCPUAdam(params, lr=LEARNING_RATE, adamw_mode=True)
+
+
 def powertrain(model: nn.Module, job: Job) -> Step:
     """Powertrain: stage 0 is the core alone, without the table ``[zero]``."""
     import powertrain as pt
@@ -183,7 +215,17 @@ def powertrain(model: nn.Module, job: Job) -> Step:
     }
     if job.stage:
         config["zero"] = {"stage": job.stage}
+    if job.away:
+        config["optimizer"] = {"name": "adamw", "lr": LEARNING_RATE}
+        config["optimizers"] = {}
+        where = job.away.partition("-")[0]
+        config["offload"] = {"optimizer": where, "path": job.path}
+        if job.away == "nvme-all":
+            config["offload"] |= {"parameters": where, "gradients": where}
     engine = pt.initialize(model, config)
+    if job.away:
+        tier = engine.context.tier("optimizer")
+        job.moved = lambda: tier.moved().fetched + tier.moved().stored
     return lambda tokens: float(engine.train_step(tokens))
 
 
@@ -234,12 +276,14 @@ class Contender:
         stage: the ZeRO stage where one function serves several.
         sharded_update: each rank updates its share of the parameters only.
         synchronous: the ranks average gradients; False for the bound.
+        away: see ``Job``.
     """
 
     start: Callable[[nn.Module, Job], Step]
     stage: int = 0
     sharded_update: bool = True
     synchronous: bool = True
+    away: str = ""
 
     @property
     def ours(self) -> bool:
@@ -256,3 +300,12 @@ CONTENDERS: dict[str, Contender] = {
     **{f"deepspeed-{stage}": Contender(deepspeed, stage, stage > 0) for stage in range(4)},
     **{f"powertrain-{stage}": Contender(powertrain, stage, stage > 0) for stage in range(4)},
 }
+
+OFFLOADED: dict[str, Contender] = {
+    f"{name}-{stage}-{away}": Contender(start, stage, away=away)
+    for name, start in (("deepspeed", deepspeed), ("powertrain", powertrain))
+    for stage, away in ((2, "host"), (3, "host"), (3, "nvme"), (3, "nvme-all"))
+}
+"""Contenders whose state rests elsewhere, for benchmarks/offload.py."""
+
+CONTENDERS |= OFFLOADED

@@ -46,6 +46,7 @@ class Run:
         update_seconds: the part of it that the update took, of the bound; else 0.
         processor_seconds: of a step, on all threads of a rank, mean over the ranks.
         peak_rss: bytes, of the rank that had most.
+        moved: bytes of a step to and from disks, of all ranks, where a contender counts them.
         bytes_at_update, bytes_after: of live tensors, of the rank that had most; None when it was not looked at.
         losses: of each step so far, averaged over the ranks.
         error: why there is no measurement; the rest is then empty.
@@ -59,6 +60,7 @@ class Run:
     processor_seconds: float = 0.0
     peak_rss: int = 0
     start_rss: int = 0
+    moved: int = 0
     bytes_at_update: int | None = None
     bytes_after: int | None = None
     losses: tuple[float, ...] = ()
@@ -165,6 +167,7 @@ class Contestant:
             processor_seconds=statistics.fmean(report["processor_seconds"] for report in reports),
             peak_rss=max(report["peak_rss"] for report in reports),
             start_rss=self.start_rss,
+            moved=sum(report["moved"] for report in reports),
         )
 
     def finish(self, *, profile: bool) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), SIZES[options.model]
     contender = CONTENDERS[options.contender]
-    job = Job(options.precision, options.accumulation, contender.stage)
+    job = Job(
+        options.precision, options.accumulation, contender.stage, contender.away, os.environ.get("BENCH_PATH", "")
+    )
     step = contender.start(build(size), job)
     channel.send({"start_rss": peak_rss()})
     done = 0
@@ -44,6 +46,7 @@ def main() -> None:
             break
         seconds, losses = [], []
         job.update_seconds.clear()
+        moved = job.moved()
         used = time.process_time()
         for index in range(done, done + argument):
             tokens = batch(size, options.accumulation, index, rank)
@@ -55,7 +58,8 @@ def main() -> None:
         done += argument
         used = (time.process_time() - used) / argument
         report = {"seconds": seconds, "update_seconds": list(job.update_seconds), "losses": losses}
-        channel.send({**report, "processor_seconds": used, "peak_rss": peak_rss()})
+        moved = (job.moved() - moved) // argument
+        channel.send({**report, "processor_seconds": used, "peak_rss": peak_rss(), "moved": moved})
     tokens = batch(size, options.accumulation, done, rank)
     at_update, after = held(step, tokens)
     shown = profile(step, tokens) if argument else ""

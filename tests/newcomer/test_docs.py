@@ -150,7 +150,7 @@ def test_shown_commands_exist(tmp_path):
         listed = [words[1:] for block in blocks(page) if block.language == "console" for words in commands(block)]
         for words in [*listed, *(text.split() for text in inline)]:
             depth = 0 if words[0].startswith("-") else 1
-            if words[0] in ("config", "plugins") and len(words) > 1 and re.fullmatch("[a-z]+", words[1]):
+            if words[0] in ("config", "io", "plugins") and len(words) > 1 and re.fullmatch("[a-z]+", words[1]):
                 depth = 2
             options = {word.partition("=")[0] for word in words if word.startswith("--")}
             shown.setdefault(tuple(words[:depth]), set()).update(options)

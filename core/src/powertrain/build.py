@@ -17,7 +17,7 @@ from powertrain.accumulation import Accumulation
 from powertrain.call import ModelCall
 from powertrain.config import Config
 from powertrain.context import Context
-from powertrain.discovery import allowed, hooks_of, installed, schemas_for
+from powertrain.discovery import allowed, hooks_of, installed, load, schemas_for
 from powertrain.engine import Engine
 from powertrain.environment import Rank
 from powertrain.errors import (
@@ -28,6 +28,7 @@ from powertrain.errors import (
     EngineError,
     OptimizerError,
     PluginConflict,
+    PowertrainError,
     PrecisionError,
 )
 from powertrain.mesh import Mesh
@@ -118,6 +119,7 @@ def initialize(
             rank=rank,
             mesh=mesh,
             accelerator=accelerator,
+            host=host_beside(accelerator),
             device=device,
             communicator=communicator,
             batch=batch,
@@ -165,7 +167,7 @@ def _wrap(model: torch.nn.Module, optimizer: OptimizerLike | None, context: Cont
     inner = make_optimizer(model, optimizer, context)
     optimizers.check_step(inner)
     if isinstance(inner, FlatOptimizer) and inner.accelerator is None:
-        inner.accelerator = context.accelerator
+        inner.accelerator, inner.host = context.accelerator, context.host
     wrapper: OptimizerWrapper | None = context.hooks.one(
         "wrap_optimizer", model=model, optimizer=inner, context=context
     )
@@ -228,6 +230,24 @@ def choose_accelerator(hooks: Registry, name: str | None) -> Accelerator:
         if hooks.call(other, "make_accelerator", name=name) is None:
             hooks.remove(other)
     return accelerator
+
+
+def host_beside(accelerator: Accelerator) -> Accelerator | None:
+    """Return what computes in the host's memory beside ``accelerator``: itself, or an installed one; None: nobody."""
+    if accelerator.device_type == "cpu":
+        return accelerator
+    only = allowed()
+    for name, entry in installed().items():
+        if "accelerator" not in entry.roles or (only is not None and name not in only):
+            continue
+        try:
+            kind = load(name)
+            made: Accelerator | None = Registry([kind(kind.Config())]).one("make_accelerator", name=name)
+        except PowertrainError:  # one that is broken, or is for devices that are not here
+            continue
+        if made is not None and made.device_type == "cpu":
+            return made
+    return None
 
 
 def _available(candidates: Mapping[str, Plugin[Any]]) -> str:

@@ -35,6 +35,7 @@ class Context:
         rank: this process's place in the launch.
         mesh: the named dimensions that the ranks form.
         accelerator: what computes.
+        host: what computes in the host's memory: the same, or the processor beside it; None where no plugin has it.
         device: this rank's device.
         communicator: what connects the ranks, wrappers included.
         batch: samples per micro-batch, micro-batches per step, samples per step.
@@ -47,6 +48,7 @@ class Context:
     rank: Rank
     mesh: Mesh
     accelerator: Accelerator
+    host: Accelerator | None = None
     device: torch.device
     communicator: Communicator
     batch: BatchSizes

@@ -24,7 +24,6 @@ from powertrain.errors import (
 )
 from powertrain.roles.checkpoint import Snapshot, TensorSlice
 from powertrain_checkpoint import manifest
-from powertrain_checkpoint.shard import Shard
 from powertrain_checkpoint.store import DirectoryStore
 
 WORLD = 3
@@ -191,13 +190,13 @@ def test_at_most_ten_differences_are_listed(outcomes, saved):
 def test_what_the_system_refuses_fails_every_rank(outcomes, saved, monkeypatch):
     """An I/O error of the disk while one rank reads is a CheckpointError with its words, on every rank."""
 
-    def refuse(self, chunk, *arguments):
-        if self.path.name == "rank-00001.safetensors":
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.path))
-        return read(self, chunk, *arguments)
+    def refuse(descriptor, *arguments):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "rank-00001.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, *arguments)
 
-    read = Shard.read
-    monkeypatch.setattr(Shard, "read", refuse)
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", refuse)
     assert_all_raise(outcomes(WORLD, load(saved)), CheckpointError, "Input/output error", "rank-00001.safetensors")
 
 

@@ -21,8 +21,8 @@ from powertrain.errors import CheckpointError, ShardCorrupt
 from powertrain.plugin import NoConfig
 from powertrain_checkpoint import manifest
 from powertrain_checkpoint.export_library import parse_size, plan
+from powertrain_checkpoint.image import Entry
 from powertrain_checkpoint.plugin import CheckpointPlugin
-from powertrain_checkpoint.shard import Entry
 
 
 class Net(nn.Module):

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from powertrain.errors import CheckpointError
 from powertrain.layout import Box
 from powertrain.roles.checkpoint import Snapshot, TensorSlice
+from powertrain_checkpoint.memory import address_of
 from powertrain_checkpoint.store import DirectoryStore
 
 DTYPES = [
@@ -104,9 +105,10 @@ def test_tensor_parallel_blocks_load_under_another_grid(on_ranks, tmp_path, save
 
 def test_tensors_larger_than_a_band_and_a_block_are_cut_and_joined(on_ranks, tmp_path, monkeypatch):
     """Reads that span many bands and blocks, of rows and of columns, return the saved elements."""
-    from powertrain_checkpoint import reader
+    from powertrain_checkpoint import bands
 
-    monkeypatch.setattr(reader, "_BAND", 4096)
+    monkeypatch.setattr(bands, "SPAN", 4096)
+    monkeypatch.setattr(bands, "LENGTH", 4096)
     whole = torch.arange(3 * 1000 * 1200, dtype=torch.float32).view(3, 1000, 1200)
 
     def work(communicator):
@@ -264,7 +266,7 @@ def test_staging_memory_is_reused(on_ranks, tmp_path):
         store, places = DirectoryStore(tmp_path, communicator), set()
         for step in range(3):
             store.save(f"s{step}", snapshot([TensorSlice("x", (1000,), torch.ones(1000))]), asynchronous=True)
-            places.add(store._staging._block.data_ptr())
+            places.add(address_of(store._staging._block))
         store.close()
         return len(places)
 

@@ -282,7 +282,7 @@ def test_a_copy_that_fails_is_told_by_every_rank(outcomes, tmp_path, monkeypatch
     def work(communicator):
         store = DirectoryStore(tmp_path, communicator)
         if communicator.rank == 1:
-            store._staging.copy = lambda tensors: copy(None, tensors)
+            store._staging.copy = lambda parts: copy(None, parts)
         save(store, communicator, "a", 1, asynchronous=True)
         store.wait()
 

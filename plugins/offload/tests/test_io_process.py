@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -38,8 +37,8 @@ def run(code, *args, timeout=60):
 
 def test_ctrl_c_ends_a_wait(kind):
     code = ENDLESS + (
-        "print('waiting', flush=True)\n"
         "try:\n"
+        "    print('waiting', flush=True)\n"
         "    move.wait()\n"
         "except KeyboardInterrupt:\n"
         "    print('interrupted', move.done(), flush=True)\n"
@@ -55,13 +54,12 @@ def test_ctrl_c_ends_a_wait(kind):
     assert (out, process.returncode) == ("interrupted False\n", 0)
 
 
-@pytest.mark.parametrize("end", ["sys.exit(3)", "raise SystemExit(3)", "del engine, file, move; sys.exit(3)"])
+@pytest.mark.parametrize("end", ["sys.exit(3)", "del engine, move; sys.exit(3)"])
 def test_a_process_ends_with_a_transfer_under_way(kind, end):
-    code = ENDLESS.replace("-W error", "") + "import warnings; warnings.simplefilter('ignore')\n" + end
-    if end.startswith("del"):  # the file waits for its transfers when it goes
-        code = code.replace("del engine, file, move", "del engine, move")
-    found = run(code, kind)
-    assert (found.returncode, found.stdout, found.stderr) == (3, "", "")
+    found = run(ENDLESS + "import warnings; warnings.simplefilter('ignore')\n" + end, kind)
+    assert (found.returncode, found.stdout) == (3, "")
+    assert "Traceback" not in found.stderr
+    assert "ECANCELED" in found.stderr  # what did not reach the disk is told
 
 
 def test_an_exception_ends_a_process_with_a_transfer_under_way(kind):
@@ -73,10 +71,6 @@ def test_an_exception_ends_a_process_with_a_transfer_under_way(kind):
 def test_transfers_that_were_dropped_say_so(kind):
     code = ENDLESS + (
         "from powertrain.errors import TransferFailed\n"
-        "import atexit\n"
-        "@atexit.register\n"  # registered after the engine's own: runs before it
-        "def first():\n"
-        "    pass\n"
         "engine._end()\n"
         "try:\n"
         "    move.wait()\n"
@@ -119,4 +113,4 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def test_a_process_that_is_forked_off(kind, tmp_path):
     found = run(FORKED, kind, str(tmp_path / "file"))
     assert (found.returncode, found.stderr) == (0, "")
-    assert os.path.getsize(tmp_path / "file") == 64 << 20
+    assert (tmp_path / "file").stat().st_size == 64 << 20

@@ -7,6 +7,7 @@ import random
 import tempfile
 import threading
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_neighbours_in_one_block_do_not_disturb_each_other(engine, tmp_path):
         file.resize(len(data))
         cuts = [0, 5000, 5001, 9000, 40_000, 40_960, 77_777, len(data)]
         for _ in range(10):
-            moves = [file.write(a, memoryview(data)[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+            moves = [file.write(a, memoryview(data)[a:b]) for a, b in pairwise(cuts)]
             for move in moves:
                 move.wait()
         assert (tmp_path / "file").read_bytes() == data

@@ -115,6 +115,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             for each 256 of them): pieces are cut where such a block ends, so they are the same on any number of ranks.
         state_dtype: the format of state that goes with the elements; None for the parameter's own.
         accelerator: whose kernels it may call (``powertrain.kernels``); an engine says it. None: the PyTorch reference.
+        host: whose kernels it may call for what rests in the host's memory.
         request: what else is asked for in the step under way.
     """
 
@@ -123,6 +124,7 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
     blocks: Mapping[str, int] = {}
     state_dtype: torch.dtype | None = None
     accelerator: Accelerator | None = None
+    host: Accelerator | None = None
     request: Request = Request()
 
     @property
@@ -178,6 +180,13 @@ class FlatOptimizer(torch.optim.Optimizer, ABC):
             if params or self.granularity == "tensor":
                 self.update(group, params)
         return loss
+
+    def accelerator_for(self, tensor: torch.Tensor) -> Accelerator | None:
+        """Return whose kernels update a tensor: the device's, the host's, or None for the PyTorch reference."""
+        if self.accelerator is None:
+            return None
+        near = (self.accelerator, self.host)
+        return next((one for one in near if one is not None and one.device_type == tensor.device.type), None)
 
     def grad_of(self, param: torch.nn.Parameter) -> torch.Tensor:
         """Return the gradient that ``update`` uses, flat or of the parameter's shape, before it is scaled."""

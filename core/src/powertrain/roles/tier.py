@@ -16,12 +16,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Literal
 
+import attrs
 import torch
 
 from powertrain.roles.communicator import Done, Handle
 
 Category = Literal["optimizer", "gradients", "parameters", "activations"]
 """What rests: masters and optimizer state; mean gradients; parameters between uses; what backward needs of forward."""
+
+
+@attrs.frozen
+class Moved:
+    """Bytes that have moved: ``fetched`` to where content is used, and ``stored`` to where it rests."""
+
+    fetched: int
+    stored: int
 
 
 class Lease(ABC):
@@ -129,6 +138,10 @@ class Tier(ABC):
         lease.wait().copy_(tensor)
         lease.store()
         return slot
+
+    def moved(self) -> Moved:
+        """Return the bytes that were brought and taken away so far, of all that share its place."""
+        return Moved(0, 0)
 
     def settle(self) -> None:
         """Wait until everything that was stored is at rest.

@@ -6,7 +6,7 @@
 - ``powertrain.testing.memory_store``: checkpoints in a dictionary;
 - ``powertrain.testing.surroundings``: a ``Context`` without an engine;
 - ``powertrain.testing.accelerator``, ``.communicator``, ``.optimizer``,
-  ``.checkpoint``, ``.sampler``: one contract class a role; ``.plugin``: every plugin's;
+  ``.checkpoint``, ``.sampler``, ``.tier``, ``.files``: one contract class a role; ``.plugin``: every plugin's;
 - ``powertrain.testing.suites``: those classes, run on an installed plugin by
   ``powertrain plugins test NAME``;
 - ``powertrain.testing.pytest_plugin``: the fixture ``ranks`` and the option ``--plugin``.

@@ -23,10 +23,12 @@ CONTRACTS = (
     "checkpoint",
     "collectives",
     "communicator",
+    "files",
     "optimizer",
     "plugin",
     "sampler",
     "slices",
+    "tier",
     "training",
 )
 pytest.register_assert_rewrite(*(f"powertrain.testing.{name}" for name in CONTRACTS))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
@@ -26,19 +26,23 @@ from powertrain.registry import Registry
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.checkpoint import CheckpointStore
 from powertrain.roles.communicator import Communicator
+from powertrain.roles.files import FileEngine
 from powertrain.roles.optimizer import OptimizerWrapper
 from powertrain.roles.sampler import Sampler
+from powertrain.roles.tier import Category, Tier
 from powertrain.testing.accelerator import AcceleratorContract
 from powertrain.testing.capability import needs
 from powertrain.testing.checkpoint import CheckpointStoreContract
 from powertrain.testing.collectives import connected
 from powertrain.testing.communicator import Check, CommunicatorContract, PooledCommunicatorContract
+from powertrain.testing.files import FileEngineContract
 from powertrain.testing.loopback import LoopbackWorld
 from powertrain.testing.null import NullCommunicator, NullHost
 from powertrain.testing.optimizer import OptimizerWrapperContract
 from powertrain.testing.plugin import PluginContract
 from powertrain.testing.sampler import SamplerContract
 from powertrain.testing.surroundings import make_context
+from powertrain.testing.tier import TierContract
 
 TIMEOUT = 60.0
 """Seconds that a communicator under test may take for one collective."""
@@ -186,5 +190,37 @@ class TestSampler(Suite, SamplerContract):
         context = make_context(communicator, {"batch": {"total": total}, "run": {"seed": seed}})
         made: Sampler | None = self.registry.one("make_sampler", dataset=range(length), context=context)
         needs(made is not None, "it declines a dataset of integers")
+        assert made is not None
+        return made
+
+
+class TestTier(Suite, TierContract):
+    """A plugin that lets state rest elsewhere, category by category."""
+
+    role, hooks = "tier", frozenset({"make_tier"})
+    category: Category
+
+    @pytest.fixture(autouse=True, params=get_args(Category))
+    def _take_category(self, request: pytest.FixtureRequest) -> None:
+        self.category = request.param
+
+    def make(self, directory: Path) -> Tier:
+        """Return where the plugin lets the category rest."""
+        context = make_context(NullCommunicator(Mesh.build(1, 0), torch.device("cpu")))
+        made: Tier | None = registry_of(self.name).one("make_tier", category=self.category, context=context)
+        needs(made is not None, f"its default table leaves {self.category} on the device")
+        assert made is not None
+        return made
+
+
+class TestFileEngine(Suite, FileEngineContract):
+    """A plugin that moves bytes between memory and files."""
+
+    role, hooks = "files", frozenset({"make_file_engine"})
+
+    def make(self) -> FileEngine:
+        """Return the plugin's engine, as a command gets it."""
+        made: FileEngine | None = self.registry.one("make_file_engine", context=None)
+        needs(made is not None, "its default table makes no engine")
         assert made is not None
         return made

@@ -106,7 +106,7 @@ def _row(path: Path) -> list[str]:
 
 
 def _nbytes(tensor: manifest.Tensor) -> int:
-    from powertrain_checkpoint.shard import Entry
+    from powertrain_checkpoint.image import Entry
 
     return Entry("", tensor.dtype, tensor.shape).nbytes
 

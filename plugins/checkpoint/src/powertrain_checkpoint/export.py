@@ -14,8 +14,9 @@ from pathlib import Path
 
 from powertrain.errors import CheckpointError
 from powertrain_checkpoint.dtypes import SIZES, to_torch
+from powertrain_checkpoint.image import Entry, header
 from powertrain_checkpoint.manifest import BLOCK, Chunk, Manifest, Tensor
-from powertrain_checkpoint.shard import Entry, Shard, header, pieces
+from powertrain_checkpoint.shard import Shard, pieces
 
 PREFIX = "model/"
 """What the names of parameters and buffers begin with in a checkpoint."""
@@ -151,7 +152,7 @@ def _assemble(shards: _Shards, tensor: Tensor, dtype: str) -> bytearray:
 def _convert(data: memoryview, source: str, target: str) -> memoryview:
     import torch
 
-    from powertrain_checkpoint.staging import in_place
+    from powertrain_checkpoint.memory import in_place
 
     (converted,) = in_place([torch.frombuffer(data, dtype=to_torch(source)).to(to_torch(target))])
     return converted

@@ -12,8 +12,8 @@ from pathlib import Path
 from powertrain.errors import CheckpointError
 from powertrain_checkpoint.directory import sync
 from powertrain_checkpoint.export import Source
+from powertrain_checkpoint.image import Entry
 from powertrain_checkpoint.manifest import Manifest
-from powertrain_checkpoint.shard import Entry
 
 CONFIG = "config.json"
 _BESIDE = (

@@ -14,8 +14,8 @@ import attrs
 
 from powertrain.errors import CheckpointError
 from powertrain_checkpoint.dtypes import SIZES, from_torch
+from powertrain_checkpoint.image import Entry
 from powertrain_checkpoint.manifest import Tensor
-from powertrain_checkpoint.shard import Entry
 
 if TYPE_CHECKING:
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,14 @@ class CheckpointPlugin(Plugin[NoConfig]):
             return None
         from powertrain_checkpoint.store import DirectoryStore
 
-        return DirectoryStore(directory, context.communicator, context.accelerator)
+        return DirectoryStore(
+            directory,
+            context.communicator,
+            context.accelerator,
+            make_engine=lambda: context.hooks.one("make_file_engine", context=context),
+            threads=_threads(context),
+            ranks=context.rank.local_size,
+        )
 
     @hookimpl
     def add_commands(self, cli: click.Group) -> None:
@@ -38,6 +46,12 @@ class CheckpointPlugin(Plugin[NoConfig]):
         from powertrain_checkpoint.command import export
 
         cli.add_command(export)
+
+
+def _threads(context: Context) -> int:
+    """Return how many threads of this rank copy and check: the host's ranks share its processors."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, here // context.rank.local_size))
 
 
 def local_directory(uri: str) -> Path | None:

@@ -16,18 +16,20 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 import powertrain
-from powertrain.errors import CheckpointWriteFailed
+from powertrain.errors import CheckpointWriteFailed, PowertrainError
 from powertrain_checkpoint import shard
 from powertrain_checkpoint.directory import Workplace
+from powertrain_checkpoint.image import Entry
 from powertrain_checkpoint.manifest import FILE_NAME, Chunk, File, Manifest, Tensor
 from powertrain_checkpoint.planning import Plan
+from powertrain_checkpoint.shard import Content
 
 _log = logging.getLogger("powertrain.checkpoint")
 
@@ -83,15 +85,25 @@ class Save:
         """The bytes of tensors that this rank writes."""
         return sum(piece.entry.nbytes for piece in self.plan.pieces[self.rank])
 
-    def run(self, buffers: Iterable[memoryview]) -> None:
-        """Write this rank's chunks from ``buffers``, then see the save through.
+    @property
+    def entries(self) -> list[Entry]:
+        """What this rank writes, in the order of its file."""
+        return [piece.entry for piece in self.plan.pieces[self.rank]]
+
+    @property
+    def path(self) -> Path:
+        """The file that this rank writes."""
+        return self.workplace.path / _shard_name(self.rank)
+
+    def run(self, content: Content) -> None:
+        """Write this rank's chunks, then see the save through.
 
         Raises:
             CheckpointWriteFailed: here or on another rank.
         """
         begin = time.monotonic()
         try:
-            record = self._write(buffers)
+            record = self._write(content)
             if self.rank == 0:
                 self._commit(record)
             else:
@@ -109,14 +121,13 @@ class Save:
         fields = {name: getattr(failure, name) for name in ("message", "where", "expected", "found", "remedy")}
         # The disk may refuse this too; then the others give up when their patience ends.
         with contextlib.suppress(OSError):
-            (self.workplace.path / _shard_name(self.rank)).unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             self._leave(_VERDICT if self.rank == 0 else _failed_name(self.rank), fields)
         self.workplace.release()
         return failure
 
-    def _write(self, buffers: Iterable[memoryview]) -> dict[str, Any]:
-        path = self.workplace.path / _shard_name(self.rank)
-        written = shard.write(path, [piece.entry for piece in self.plan.pieces[self.rank]], buffers)
+    def _write(self, content: Content) -> dict[str, Any]:
+        written = shard.write(self.path, self.entries, content)
         record = {**attrs.asdict(written), "values": self.rank_values}
         if self.rank:
             self._leave(_done_name(self.rank), record)
@@ -197,29 +208,39 @@ class Save:
                     remedy="all ranks must see the same directory; see whether that rank is alive",
                 )
 
-    def _progress(self) -> tuple[int, int]:
-        """Return numbers that change as the save goes on; for rank 0 as anybody's part grows."""
+    def _progress(self) -> tuple[int, ...]:
+        """Return numbers that change as the save goes on; for rank 0 as anybody's part does.
+
+        A file has its final size from the start, where space is set aside; then the time of its last change tells.
+        """
         with contextlib.suppress(FileNotFoundError):
             if self.rank == 0:
-                sizes = [path.stat().st_size for path in self.workplace.path.iterdir()]
-                return len(sizes), sum(sizes)
-            touched = self.workplace.path.stat().st_mtime_ns
-            return touched, (self.workplace.path / _shard_name(0)).stat().st_size
-        return -1, -1
+                found = [path.stat() for path in self.workplace.path.iterdir()]
+                latest = max((stat.st_mtime_ns for stat in found), default=0)
+                return len(found), sum(stat.st_size for stat in found), latest
+            first = (self.workplace.path / _shard_name(0)).stat()
+            return self.workplace.path.stat().st_mtime_ns, first.st_size, first.st_mtime_ns
+        return ()
 
     def _explain(self, error: Exception) -> CheckpointWriteFailed:
-        path, reason = self.workplace.path / _shard_name(self.rank), f"{type(error).__name__}: {error}"
-        if isinstance(error, OSError):
-            path, reason = Path(error.filename or path), error.strerror or str(error)
+        where, reason = str(self.path), f"{type(error).__name__}: {error}"
+        expected, remedy = f"room for {self.nbytes:,} bytes from this rank", None
         try:
-            free = f"{shutil.disk_usage(self.target.parent).free:,} bytes free"
+            found = f"{shutil.disk_usage(self.target.parent).free:,} bytes free"
         except OSError:
-            free = "the free space cannot be read"
+            found = "the free space cannot be read"
+        if isinstance(error, OSError):
+            where, reason = str(error.filename or where), error.strerror or str(error)
+        elif isinstance(error, PowertrainError):
+            where, reason, remedy = error.where or where, error.message, error.remedy
+            expected = error.expected or expected
+            found = f"{error.found}; {found}" if error.found else found
         return CheckpointWriteFailed(
             f"checkpoint {self.target.name} was not saved: rank {self.rank}: {reason}",
-            where=str(path),
-            expected=f"room for {self.nbytes:,} bytes from this rank",
-            found=free,
+            where=where,
+            expected=expected,
+            found=found,
+            remedy=remedy,
         )
 
     def _leave(self, name: str, content: dict[str, Any]) -> None:

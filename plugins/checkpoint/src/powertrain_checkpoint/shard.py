@@ -1,39 +1,18 @@
-"""One shard: a file in the safetensors format, written as a stream and checked by blocks.
-
-The format (https://github.com/huggingface/safetensors#format): eight bytes
-with the header's length, little-endian; the header, a JSON object that maps
-each key to its type, shape and byte range; the tensors' bytes without gaps.
-"""
+"""One shard: a file in the safetensors format, written through a file engine and checked by blocks."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import attrs
 
 from powertrain.errors import ShardCorrupt, ShardMissing, ShardTruncated
-from powertrain_checkpoint.dtypes import SIZES
+from powertrain.roles.files import FileEngine, RandomFile
+from powertrain_checkpoint.image import Entry, Image
 from powertrain_checkpoint.manifest import BLOCK, Chunk, File
-
-
-@attrs.frozen
-class Entry:
-    """One tensor of a file: its key, its type (a safetensors code) and its shape."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return math.prod(self.shape) * SIZES[self.dtype]
 
 
 @attrs.frozen
@@ -53,41 +32,54 @@ class Written:
     checksums: tuple[tuple[int, ...], ...]
 
 
-def header(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> bytes:
-    """Return the bytes before the first tensor, padded so that the data is 8-byte aligned."""
-    table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for entry in entries:
-        start, end = end, end + entry.nbytes
-        table[entry.key] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (start, end)}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+class Content(Protocol):
+    """What is in a shard, and how it gets there.
+
+    Attributes:
+        engine: opens the file.
+    """
+
+    engine: FileEngine
+
+    def write(self, file: RandomFile, image: Image) -> tuple[tuple[int, ...], ...]:
+        """Write all of ``image``; return the checksums of each entry's blocks.
+
+        Raises:
+            TransferFailed: the disk refused.
+        """
 
 
-def write(path: Path, entries: Sequence[Entry], buffers: Iterable[memoryview]) -> Written:
-    """Write a shard, each entry's bytes from the buffer at its place, and force it to the disk.
+def write(path: Path, entries: Sequence[Entry], content: Content) -> Written:
+    """Write a shard and force it to the disk; space for all of it is set aside first, where the file system can.
 
     Entries whose elements are larger should come first, so that all are aligned.
 
     Raises:
-        OSError: the disk refused.
+        StorageFull: there is less space.
+        StorageError, OSError: the disk refused.
     """
-    head = header(entries)
-    checksums = []
-    with path.open("wb", buffering=BLOCK // 4) as file:
-        file.write(head)
-        for buffer in buffers:
-            blocks = []
-            for start in range(0, len(buffer), BLOCK):
-                block = buffer[start : start + BLOCK]
-                blocks.append(zlib.crc32(block))
-                file.write(block)
-            checksums.append(tuple(blocks))
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    return Written(size, len(head), zlib.crc32(head), tuple(checksums))
+    image = Image(entries)
+    with open_sized(path, image.size, content.engine) as file:
+        checksums = content.write(file, image)
+        file.sync()
+    return Written(image.size, len(image.head), zlib.crc32(image.head), checksums)
+
+
+def open_sized(path: Path, size: int, engine: FileEngine) -> RandomFile:
+    """Open a file for writing, ``size`` bytes long, whether or not it is there; close it.
+
+    Raises:
+        StorageFull: there is less space.
+        StorageError, OSError: the disk refused.
+    """
+    path.touch()  # with the permissions of any other file of this user; an engine's own files are private
+    file = engine.open(path, "update")
+    try:
+        file.resize(size)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def check_size(path: Path, expected: int) -> None:

@@ -17,22 +17,26 @@ import torch
 
 from powertrain.errors import CheckpointError, CheckpointWriteFailed
 from powertrain.mesh import WORLD
-from powertrain.roles.checkpoint import CheckpointStore, Snapshot
+from powertrain.roles.checkpoint import CheckpointStore, Snapshot, TensorSlice
 from powertrain_checkpoint import directory, library, manifest
 from powertrain_checkpoint.background import Background
 from powertrain_checkpoint.directory import Workplace
+from powertrain_checkpoint.image import Image
 from powertrain_checkpoint.manifest import Manifest
-from powertrain_checkpoint.planning import Plan, describe, plan_save
+from powertrain_checkpoint.means import Means
+from powertrain_checkpoint.planning import Key, Plan, describe, plan_save
 from powertrain_checkpoint.reader import DirectoryReader
 from powertrain_checkpoint.saving import Patience, Save
 from powertrain_checkpoint.shard import check_size
-from powertrain_checkpoint.staging import Staging, in_place
+from powertrain_checkpoint.staging import Staged, Staging
+from powertrain_checkpoint.streaming import Streamed, write_ahead
 from powertrain_checkpoint.verdict import together
 from powertrain_checkpoint.weights import WeightsReader
 
 if TYPE_CHECKING:
     from powertrain.roles.accelerator import Accelerator
     from powertrain.roles.communicator import Communicator
+    from powertrain.roles.files import FileEngine
 
 _log = logging.getLogger("powertrain.checkpoint")
 
@@ -62,6 +66,10 @@ class DirectoryStore(CheckpointStore):
         communicator: connects the ranks.
         accelerator: makes the host memory of asynchronous saves page-locked where it can.
         patience: seconds without any progress after which a save gives the other ranks up.
+        make_engine: asks for the file engine, when one is first needed; where there is none, files are read and
+            written by ordinary calls.
+        threads: that copy and check bytes at a time.
+        ranks: of this host, which share its memory; None: all.
     """
 
     def __init__(
@@ -71,17 +79,21 @@ class DirectoryStore(CheckpointStore):
         accelerator: Accelerator | None = None,
         *,
         patience: float = 600.0,
+        make_engine: Callable[[], FileEngine | None] | None = None,
+        threads: int = 2,
+        ranks: int | None = None,
     ) -> None:
         self._root = root.absolute()
         self._communicator = communicator
         self._patience = Patience(patience)
-        self._staging = Staging(accelerator)
+        self._means = Means(make_engine, accelerator, threads, ranks or communicator.world_size)
+        self._staging = Staging(self._means)
         self._background = Background()
         self._running: str | None = None  # the asynchronous save whose end is not agreed on
         self._saved: list[str] = []  # ended well, and nobody has asked
         self._planned: tuple[str, Plan] | None = None
         # A program that ends without ``close`` still gets its last checkpoint.
-        weakref.finalize(self, _end, self._background, self._patience)
+        self._finish = weakref.finalize(self, _end, self._background, self._patience)
 
     # --- saving --------------------------------------------------------------------
 
@@ -98,19 +110,32 @@ class DirectoryStore(CheckpointStore):
         """
         self._settle()
         save = self._prepare(tag, snapshot)
-        held = {(item.name, box.offsets): piece for item in snapshot.tensors for box, piece in item.chunks()}
-        mine = [held[piece.key] for piece in save.plan.pieces[save.rank]]
+        pieces = _held(snapshot.tensors)
+        mine = [pieces[piece.key] for piece in save.plan.pieces[save.rank]]
         if asynchronous:
             self._running = tag
             try:
-                buffers = self._staging.copy(mine)
+                staged = self._stage(save, mine)
             except Exception as error:  # told as any failure of the background: by all ranks together
                 self._background.fail(save.abandon(error))
             else:
-                self._background.start(tag, lambda: save.run(buffers))
+                self._background.start(tag, lambda: save.run(staged))
         else:
-            together(self._communicator, "checkpoint saved", lambda: save.run(in_place(mine)))
+            self._means.synchronize([piece.tensor for piece in mine])
+            together(self._communicator, "checkpoint saved", lambda: save.run(Streamed(self._means, mine)))
             self._saved.append(tag)
+
+    def _stage(self, save: Save, pieces: Sequence[TensorSlice]) -> Staged:
+        """Copy what lies in memory; write what rests elsewhere, for there may be no memory for it, and it will change.
+
+        The tiers serve this thread alone, so the background could not fetch it either.
+        """
+        image = Image(save.entries)
+        resting = [part for part in image.parts(pieces) if part.piece.slot is not None]
+        written = write_ahead(save.path, image, resting, self._means)
+        staged = self._staging.copy(part for part in image.parts(pieces) if part.piece.slot is None)
+        staged.written += written
+        return staged
 
     def poll(self) -> list[str]:
         """Return the tags that became complete since the last call, without waiting for a save.
@@ -155,6 +180,8 @@ class DirectoryStore(CheckpointStore):
             CheckpointWriteFailed: it failed, and nobody has asked about it yet.
         """
         self._background.join()
+        self._staging.drop()
+        self._means.close()
         self._background.check()
 
     def abandon(self) -> None:
@@ -202,6 +229,7 @@ class DirectoryStore(CheckpointStore):
 
     def _offer(self, tag: str, snapshot: Snapshot) -> _Offer:
         directory.check_tag(tag)
+        self._get_ready()
         _check_json("values", snapshot.values)
         _check_json("rank_values", snapshot.rank_values)
         holding = describe(snapshot.tensors)
@@ -216,6 +244,12 @@ class DirectoryStore(CheckpointStore):
             raise CheckpointWriteFailed(
                 f"checkpoint {tag} was not saved: {error.strerror or error}", where=error.filename or str(self._root)
             ) from error
+
+    def _get_ready(self) -> None:
+        if not self._means.ready and self._means.engine:
+            # What ends with the process ends in reverse order: the last save before the engine that it needs.
+            self._finish.detach()
+            self._finish = weakref.finalize(self, _end, self._background, self._patience)
 
     def _share(self, offer: _Offer, same: Mapping[str, Any]) -> dict[str, Any]:
         known = self._planned is not None and self._planned[0] == offer.layout
@@ -257,7 +291,7 @@ class DirectoryStore(CheckpointStore):
                 where=str(path),
                 remedy="all ranks must see the same directory, and nobody may save into it meanwhile",
             )
-        return DirectoryReader(path, found, self._communicator)
+        return DirectoryReader(path, found, self._communicator, self._means)
 
     def open_weights(self) -> WeightsReader:
         """Open the directory, or file, as safetensors that a model library wrote.
@@ -298,11 +332,23 @@ class DirectoryStore(CheckpointStore):
         return results[0]
 
     def _load(self, path: Path) -> Manifest:
+        self._get_ready()
         found = manifest.load(path)
         # Each rank looks at its share of the files: together, at all.
         for file in found.files[self._communicator.rank :: self._communicator.world_size]:
             check_size(path / file.name, file.size)
         return found
+
+
+def _held(slices: Sequence[TensorSlice]) -> dict[Key, TensorSlice]:
+    """Return the boxes of slices by their identity, each as a slice."""
+    result = {}
+    for item in slices:
+        taken = 0
+        for box, _ in item.chunks():
+            result[item.name, box.offsets] = item.narrow(taken, taken + box.numel)
+            taken += box.numel
+    return result
 
 
 def _end(background: Background, patience: Patience) -> None:

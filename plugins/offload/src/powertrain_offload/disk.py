@@ -10,7 +10,7 @@ import torch
 from powertrain.errors import StorageError
 from powertrain.roles.communicator import Done, Handle
 from powertrain.roles.files import Transfer
-from powertrain.roles.tier import Lease, Slot, Tier
+from powertrain.roles.tier import Lease, Moved, Slot, Tier
 from powertrain_offload.pool import Buffer, Pool
 from powertrain_offload.swap import PAGE, SwapFile
 
@@ -55,6 +55,10 @@ class DiskTier(Tier):
         """
         return DiskSlot(self, self.swap.allocate(nbytes, label), nbytes)
 
+    def moved(self) -> Moved:
+        """Return the bytes that were read from the swap file, and written into it."""
+        return Moved(self.swap.bytes_read, self.swap.bytes_written)
+
     def settle(self) -> None:
         """Wait until everything that was stored is written."""
         self.pool.settle()
@@ -81,7 +85,7 @@ class DiskSlot(Slot):
         low, high = self._reach(start, end)
         self._await_writes(low, high)
         buffer = self.tier.pool.borrow(high - low)
-        read = self.tier.swap.file.read(self.offset + low, buffer.view[: high - low]) if high > low else Done()
+        read = self.tier.swap.read(self.offset + low, buffer.view[: high - low]) if high > low else Done()
         return DiskLease(self, start, end, low, buffer, read, device or self.device)
 
     def blank(self, start: int = 0, stop: int | None = None, device: torch.device | None = None) -> Lease:
@@ -102,7 +106,7 @@ class DiskSlot(Slot):
         if last == first:
             self.tier.pool.give_back(buffer)
             return Done()
-        transfer = self.tier.swap.file.write(self.offset + first, buffer.view[first - low : last - low])
+        transfer = self.tier.swap.write(self.offset + first, buffer.view[first - low : last - low])
         self._writes.append((first, last, transfer))
         self.tier.pool.leaves(transfer, buffer)
         return transfer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from powertrain.roles.tier import Slot, Tier
+from powertrain.roles.tier import Moved, Slot, Tier
 
 
 class RatioTier(Tier):
@@ -41,6 +41,10 @@ class RatioTier(Tier):
     def reserve(self, label: str, nbytes: int) -> Slot:
         """Reserve a piece that comes alone."""
         return self.place(nbytes).reserve(label, nbytes)
+
+    def moved(self) -> Moved:
+        """Return what has moved: the rest never does."""
+        return self._away.moved()
 
     def settle(self) -> None:
         """Wait for both."""

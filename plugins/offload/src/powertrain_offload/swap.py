@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from powertrain.errors import StorageFull
-from powertrain.roles.files import FileEngine, RandomFile
+from powertrain.roles.files import FileEngine, RandomFile, Transfer
 from powertrain_offload.preflight import free_bytes
 
 _log = logging.getLogger("powertrain.offload")
@@ -35,6 +35,9 @@ _STEP = 64 * 2**20
 
 class SwapFile:
     """Space on disks, set aside piece by piece; several threads may ask for it.
+
+    Attributes:
+        bytes_read, bytes_written: so far.
 
     Args:
         engine: moves the bytes.
@@ -54,6 +57,7 @@ class SwapFile:
             self.file: RandomFile = engine.open(paths, "create")
             for path in paths:
                 path.unlink()
+        self.bytes_read = self.bytes_written = 0
         self._end = 0
         self._size = 0
         self._gaps: dict[int, int] = {}  # free space by its start
@@ -103,6 +107,16 @@ class SwapFile:
             self._end = start
         else:
             self._gaps[start] = size
+
+    def read(self, offset: int, into: memoryview) -> Transfer:
+        """Start to read."""
+        self.bytes_read += len(into)
+        return self.file.read(offset, into)
+
+    def write(self, offset: int, data: memoryview) -> Transfer:
+        """Start to write."""
+        self.bytes_written += len(data)
+        return self.file.write(offset, data)
 
     def close(self) -> None:
         """Give all of it back."""

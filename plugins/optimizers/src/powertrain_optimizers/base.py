@@ -90,9 +90,10 @@ class KernelOptimizer(FlatOptimizer):
 
     def kernel_for(self, name: str, operands: Operands) -> Callable[..., Any]:
         """Return the device's kernel, or the reference where there is none for these formats."""
-        if self.accelerator is None or operands.params[0].dtype not in ON_DEVICES:
+        accelerator = self.accelerator_for(operands.params[0])
+        if accelerator is None or operands.params[0].dtype not in ON_DEVICES:
             return reference(name)
-        return kernel(self.accelerator, name)
+        return kernel(accelerator, name)
 
     # --- updates that no kernel makes ------------------------------------------------------------
 

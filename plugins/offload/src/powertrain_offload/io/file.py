@@ -146,7 +146,7 @@ class StripedFile(RandomFile):
             raise error
 
     def close(self) -> None:
-        """Wait for all transfers and close; a second call does nothing. Errors that nobody has got are logged."""
+        """Wait for all transfers and close; a second call does nothing. Errors that nobody got are logged."""
         if self._closed:
             return
         if self._engine.owner.here():
@@ -157,6 +157,9 @@ class StripedFile(RandomFile):
         self._engine.forget(self)
         for part in self._parts:
             part.close()
+
+    def __enter__(self) -> StripedFile:
+        return self
 
     def __del__(self, _warn: Any = warnings.warn, _getpid: Any = os.getpid) -> None:
         if not getattr(self, "_closed", True):

@@ -31,7 +31,7 @@ def open_engine(
     Args:
         kind: "uring", "direct" or "threads"; "auto": the first of these that works here.
         block: bytes that one system call moves at most, a multiple of 4096; None: 1 MiB.
-        depth: blocks under way at once, for "uring"; None: 32.
+        depth: blocks under way at once, for "uring"; None: 128. Memory that is not aligned costs as many blocks more.
         threads: with one block under way each, for the others; None: 8.
 
     Raises:
