@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
 
 import attrs
 
@@ -56,6 +56,23 @@ class Probe:
 
     available: bool
     reason: str
+
+
+@attrs.frozen(kw_only=True)
+class Rest:
+    """Where a category of training state rests between uses, for those who plan.
+
+    Attributes:
+        place: "host" for its memory, "disk".
+        share: how much of it does; the rest stays on the device.
+        grain: bytes that come at a time.
+        buffers: bytes of host memory that are kept for transfers.
+    """
+
+    place: Literal["host", "disk"]
+    share: float = 1.0
+    grain: int = 32 * 2**20
+    buffers: int = 0
 
 
 class Plugin(Generic[C]):
@@ -119,6 +136,14 @@ class Plugin(Generic[C]):
         Raises:
             PowertrainError: says which numbers would do.
         """
+
+    @classmethod
+    def rests(cls, table: C) -> Mapping[str, Rest]:
+        """Return the categories of training state that rest elsewhere than on the device under a table.
+
+        ``powertrain plan`` asks; a run asks the hook ``make_tier``.
+        """
+        return {}
 
     @classmethod
     def kernel_sets(cls) -> tuple[KernelSet, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from powertrain.errors import ShardingError
 from powertrain.hookspecs import hookimpl
-from powertrain.plugin import Phase, Plugin
+from powertrain.plugin import Phase, Plugin, Rest
 from powertrain_offload.config import CATEGORIES, OffloadConfig
 
 if TYPE_CHECKING:
@@ -103,6 +104,20 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         from powertrain_offload.io.command import io
 
         cli.add_command(io)
+
+    @classmethod
+    def rests(cls, table: OffloadConfig) -> Mapping[str, Rest]:
+        """Return what rests elsewhere under a table."""
+        return {
+            name: Rest(
+                place="disk" if getattr(table, name) == "nvme" else "host",
+                share=table.ratio if name == "optimizer" else 1.0,
+                grain=table.grain,
+                buffers=table.buffers,
+            )
+            for name in CATEGORIES
+            if getattr(table, name) != "device"
+        }
 
     @classmethod
     def kernel_sets(cls) -> tuple[KernelSet, ...]:

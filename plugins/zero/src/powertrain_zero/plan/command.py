@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 import click
 
-from powertrain_zero.plan.settings import Settings, load_settings, make_recipe, on_host
+from powertrain_zero.plan.settings import Settings, load_settings, make_recipe, on_host, rests_of
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +125,7 @@ class Planner:
         self._sequence = sequence
         self._inputs = inputs
         self._host = on_host(settings.config)
+        self._rests = rests_of(settings.config)
         self._measured: dict[tuple[int, str], Activations] = {}
 
     @cached_property
@@ -170,6 +171,7 @@ class Planner:
             on_host=self._host,
             accumulation=choice.accumulation,
             whole=None if self.optimizer.pieces else self.whole,
+            rests=self._rests,
         )
         return estimate(self._model, case, self.optimizer, self.activations(choice))
 
@@ -247,6 +249,10 @@ class Planner:
             notes.append(f"not counted: the device's own context; on the host, Python and torch need {process}")
         whole = size(need.birth_whole + self.fixed)
         notes.append(f"without powertrain.deferred() the model is built whole first: {whole} at birth")
+        if "activations" in self._rests:
+            notes.append("activations that rest elsewhere are counted as if they stayed")
+        if self._settings.config.tables.get("recompute") is not None:
+            notes.append("what [recompute] spares is not counted: activations are those of a model that keeps all")
         if self._settings.zero is None:
             notes.append("CONFIG has no [zero] section: it is stage 0")
         return notes

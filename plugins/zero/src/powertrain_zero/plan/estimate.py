@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import attrs
@@ -16,10 +16,12 @@ import torch
 
 from powertrain.kernels.blockwise import BLOCK
 from powertrain.layout import FlatLayout
+from powertrain.plugin import Rest
 from powertrain_zero.config import ZeroConfig
 from powertrain_zero.flat import ALIGN, flat_layout
 from powertrain_zero.gradients import IN_FLIGHT, add_up_whole
 from powertrain_zero.plan.activations import Activations
+from powertrain_zero.plan.away import away, resting, stage_alone
 from powertrain_zero.plan.probe import OptimizerFacts
 from powertrain_zero.units import UnitPlan, kinds, plan_buckets, plan_units
 
@@ -47,6 +49,9 @@ class Need:
         activations: what forward and backward need, None when it could not be measured.
         communication: gradients on their way, and what the transport receives into.
         update: what lives only within an update, after the activations.
+        transfers: host memory for what is on its way from and to where it rests; counts where that is the device's.
+        host: what rests in the host's memory, beside a device of its own.
+        disk: what rests on disks.
         allocator: what the host's allocator keeps between the pieces.
         birth: the most while a deferred model gets its first values.
         birth_whole: the same for a model that was built without ``powertrain.deferred``.
@@ -62,12 +67,16 @@ class Need:
     birth: int
     birth_whole: int
     allocator: int = 0
+    transfers: int = 0
+    host: int = 0
+    disk: int = 0
 
     @property
     def tensors(self) -> int:
         """The most bytes of tensors in a training step: the update begins when the activations have gone."""
         passes = self.gathered + (self.activations or 0)
-        return self.parameters + self.gradients + self.optimizer + self.communication + max(passes, self.update)
+        rest = self.parameters + self.gradients + self.optimizer + self.communication + self.transfers
+        return rest + max(passes, self.update)
 
     @property
     def training(self) -> int:
@@ -91,6 +100,7 @@ class Case:
         on_host: memory is the host's, where pages count once touched.
         accumulation: micro-batches in a step.
         whole: names of the parameters that the optimizer must see whole; None: all, unless it takes pieces.
+        rests: what rests elsewhere than on the device.
     """
 
     zero: ZeroConfig | None
@@ -99,6 +109,7 @@ class Case:
     recipe: Recipe
     on_host: bool
     whole: frozenset[str] | None = None
+    rests: Mapping[str, Rest] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True)
@@ -207,7 +218,8 @@ def _sharded(
 ) -> Need:
     recipe = case.recipe
     shards = shard_count(zero, case.ranks)
-    stage = zero.stage if shards > 1 else 1
+    rests = resting(case.rests, zero.stage, on_host=case.on_host)
+    stage = zero.stage if shards > 1 else stage_alone(rests)
     whole_ones = _whole(model, case, optimizer)
     plans = plan_buckets(model, zero.bucket, whole_ones, shards) if stage < 3 else plan_units(model, zero.unit)
     pieces = [
@@ -226,6 +238,11 @@ def _sharded(
             parameters += piece.slice * (master if piece.trainable else piece.itemsize)
     whole = add_up_whole(stage, shards, case.accumulation)
     gradients = sum(piece.numel if whole else piece.slice for piece in trainable) * accumulate
+
+    state = _state(trainable, optimizer, recipe)
+    gone = away(pieces, case, rests, optimizer, state, stage)
+    parameters -= gone.parameters
+    gradients -= gone.gradients
 
     converts = recipe.state != recipe.master and not optimizer.flat
     by_unit = optimizer.pieces and (shards > 1 or converts)
@@ -247,13 +264,16 @@ def _sharded(
     return Need(
         parameters=parameters,
         gradients=gradients,
-        optimizer=_state(trainable, optimizer, recipe),
+        optimizer=state - gone.optimizer,
         gathered=gathered,
         activations=activations.peak,
         communication=_communication(trainable, case, zero, stage, shards, whole=whole),
         update=update,
         birth=birth + max(largest_param, largest_unit),
         birth_whole=max(_built(model) + largest_unit, birth),
+        transfers=gone.transfers if case.on_host else 0,
+        host=gone.host + (0 if case.on_host else gone.transfers),
+        disk=gone.disk,
     )
 
 

@@ -13,6 +13,7 @@ import attrs
 
 from powertrain.config import BatchSizes, Config, read, resolve_batch, structure
 from powertrain.errors import OptimizerError
+from powertrain.plugin import Rest
 from powertrain_zero.config import ZeroConfig
 
 if TYPE_CHECKING:
@@ -62,6 +63,13 @@ def load_settings(file: str, overrides: Sequence[str], ranks: int | None) -> Set
         ranks = table.total // local if table.total and local else 1
     batch = resolve_batch(table, ranks, config.origins)
     return Settings(config=config, zero=config.tables.get("zero"), ranks=ranks, batch=batch)
+
+
+def rests_of(config: Config) -> dict[str, Rest]:
+    """Return what the plugins of a configuration let rest elsewhere than on the device, by category."""
+    from powertrain.discovery import load
+
+    return {key: rest for name, table in config.tables.items() for key, rest in load(name).rests(table).items()}
 
 
 def make_recipe(config: Config, *, compute: str | None = None) -> Recipe:

@@ -21,6 +21,7 @@ CATEGORIES = (
     ("activations", "activations", "A", "yellow"),
     ("communication", "communication", "C", "red"),
     ("update", "update", "T", "white"),
+    ("transfers", "transfers", "X", "bright_blue"),
 )
 """The field of ``Need``, its name for people, its letter in a bar and its colour."""
 
@@ -64,7 +65,13 @@ def size(count: int | None) -> str:
 def as_dict(need: Need, fixed: int) -> dict[str, Any]:
     """Return a need as JSON holds it; sizes in bytes, an unknown one null."""
     values: dict[str, Any] = {name: getattr(need, name) for name, _, _, _ in CATEGORIES}
-    values |= {"allocator": need.allocator, "birth": need.birth, "birth_whole": need.birth_whole}
+    values |= {
+        "host": need.host,
+        "disk": need.disk,
+        "allocator": need.allocator,
+        "birth": need.birth,
+        "birth_whole": need.birth_whole,
+    }
     return values | {"training": need.training, "peak": need.peak, "process_peak": need.peak + fixed}
 
 
@@ -102,11 +109,16 @@ def _table(console: Any, needs: Mapping[str, Need], fixed: int, limit: int | Non
     plain = [""] * len(needs)
     line("per rank", [name if name == "config" else f"stage {name}" for name in needs], ["bold"] * len(needs), "bold")
     for name, label, _, colour in CATEGORIES:
+        if name == "transfers" and not any(need.transfers for need in needs.values()):
+            continue
         line(label, [size(getattr(need, name)) for need in needs.values()], plain, colour)
     line("peak at birth", [size(need.birth) for need in needs.values()], plain)
     if fixed:
         line("allocator", [size(need.allocator) for need in needs.values()], plain)
         line("the process", [size(fixed)] * len(needs), plain)
+    for name, label in (("host", "on the host"), ("disk", "on disks")):
+        if any(getattr(need, name) for need in needs.values()):
+            line(label, [size(getattr(need, name)) for need in needs.values()], plain)
     over = ["bold red" if limit is not None and need.peak + fixed > limit else "bold" for need in needs.values()]
     line("peak", [_marked(need) + size(need.peak + fixed) for need in needs.values()], over, "bold")
 
@@ -136,7 +148,8 @@ def _bars(console: Any, needs: Mapping[str, Need], fixed: int, limit: int | None
         else:
             bar.append(f" {size(need.peak + fixed)}")
         console.print(bar)
-    letters = ", ".join(f"{letter} {label}" for _, label, letter, _ in CATEGORIES)
+    shown = [item for item in CATEGORIES if item[0] != "transfers" or any(need.transfers for need in needs.values())]
+    letters = ", ".join(f"{letter} {label}" for _, label, letter, _ in shown)
     console.print(Text(letters + (", . the process and its allocator" if fixed else ""), style="dim"), soft_wrap=False)
 
 
@@ -145,7 +158,7 @@ def echo_changes(changes: Sequence[Change], fixed: int, limit: int, peak: int) -
     click.echo(f"\nThis cannot fit: {size(peak)} a rank are needed, {size(limit)} are there.")
     if not changes:
         click.echo("No higher stage, smaller micro-batch, bf16 or more ranks would make it fit.")
-        click.echo("What is left: activation checkpointing, a shorter --sequence, a smaller model.")
+        click.echo("What is left: [offload], [recompute], a shorter --sequence, a smaller model.")
         return
     click.echo("What would fit, the cheapest change first:")
     for change in changes:
