@@ -52,11 +52,11 @@ class OffloadConfig:
     block: int = attrs.field(default=MIB, validator=_whole_pages)
     """Bytes of one request to a disk, a multiple of 4096. Default 1 MiB."""
 
-    depth: int = attrs.field(default=32, validator=validators.ge(1))
-    """Requests under way at once. Default 32."""
+    depth: int = attrs.field(default=128, validator=validators.ge(1))
+    """Requests under way at once. Default 128."""
 
-    threads: int = attrs.field(default=4, validator=validators.ge(1))
-    """Threads of the engines "direct" and "threads". Default 4."""
+    threads: int = attrs.field(default=8, validator=validators.ge(1))
+    """Threads of the engines "direct" and "threads". Default 8."""
 
     grain: int = attrs.field(default=32 * MIB, validator=_whole_pages)
     """Bytes of masters that are fetched, updated and stored at a time, where the optimizer's rule allows it. About ten

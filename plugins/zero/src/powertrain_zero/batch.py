@@ -74,8 +74,8 @@ class Travel:
                 values = self._outs.wait().view(self._flat.source_dtype)
             self.outs = {segment.master: segment.of(values, chunk.start) for segment in chunk.segments}
 
-    def put_away(self, *, cast: bool) -> None:
-        """Store what was updated.
+    def put_away(self, *, cast: bool) -> bool:
+        """Store what was updated; return whether the optimizer has made state in memory of its own.
 
         Args:
             cast: ``outs`` have the new values of the masters with gradients already.
@@ -88,13 +88,13 @@ class Travel:
         self.grads, self.outs = {}, {}
         if self._outs is not None:
             self._outs.store()
-        if self.kept is not None:
-            self.kept.put_away()
+        made = self.kept is not None and self.kept.put_away()
         if chunk.resident is None:
             chunk.unbind()
         self._masters.store()
         self._grads.release()
         self._masters = self._grads = self._outs = None
+        return made
 
     def show(self) -> None:
         """Let the model see the values of the last update."""
@@ -146,10 +146,10 @@ class Batch:
         for travel in self.travels:
             travel.bind()
 
-    def put_away(self, *, cast: bool) -> None:
+    def put_away(self, *, cast: bool) -> bool:
         """Store it again; see ``Travel.put_away``."""
-        for travel in self.travels:
-            travel.put_away(cast=cast)
+        made = [travel.put_away(cast=cast) for travel in self.travels]
+        return any(made)
 
     def abandon(self) -> None:
         """End all loans after a failure."""

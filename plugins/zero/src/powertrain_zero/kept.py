@@ -85,8 +85,8 @@ class KeptState:
         for entry in self._entries:
             self._state[entry.segment.master][entry.key] = entry.of(data)
 
-    def put_away(self) -> None:
-        """Take it from the optimizer, and start to bring it to where it rests."""
+    def put_away(self) -> bool:
+        """Take it from the optimizer, and start to bring it to where it rests; return whether it is other state."""
         entries = self._found()
         old, lease = self._entries, self._lease
         same = len(entries) == len(old) and all(map(Entry.is_like, entries, old))
@@ -109,6 +109,7 @@ class KeptState:
                     target.copy_(value)
             lease.store()
         self._lease = None
+        return not same
 
     def release(self) -> None:
         """End a loan without keeping what was changed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -129,6 +130,7 @@ class Updater:
             outs=self._outs,
             total=self._total,
             converts=(self._state_dtype, self._master_dtype) if self._converts else None,
+            tidy=partial(context.accelerator.release_unused, context.device),
         )
 
     def _make_late(self, tiers: Tiers, *, elementwise: bool) -> Late:

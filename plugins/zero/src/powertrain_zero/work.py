@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -21,6 +21,8 @@ class Work:
         outs: where new values go in the model's format, of masters that stay.
         total: combines figures of parameters over the ranks.
         converts: state rests in the first format and is updated in the second; None: it rests as it is updated.
+        tidy: called where the optimizer has made state that rests elsewhere now: what it leaves in the allocator is
+            not to add up to all of it.
     """
 
     def __init__(
@@ -30,16 +32,20 @@ class Work:
         outs: Mapping[torch.nn.Parameter, torch.Tensor],
         total: Total,
         converts: tuple[torch.dtype, torch.dtype] | None,
+        tidy: Callable[[], None],
     ) -> None:
         self._optimizer = optimizer
         self._flat = optimizer if isinstance(optimizer, FlatOptimizer) else None
         self._outs = dict(outs)
         self._total = total
         self._converts = converts
+        self._tidy = tidy
 
     def beside(self) -> Work:
         """Return one that goes on with the numbers (lr, …) of now, whatever becomes of them, and the same state."""
-        return Work(twin_of(self._optimizer), outs=self._outs, total=self._total, converts=self._converts)
+        return Work(
+            twin_of(self._optimizer), outs=self._outs, total=self._total, converts=self._converts, tidy=self._tidy
+        )
 
     def do(self, batch: Batch, grads: Gradients, scale: float | torch.Tensor) -> None:
         """Update one batch, bring what comes for it and take it away again.
@@ -57,7 +63,8 @@ class Work:
                 self._optimizer.step()
         for master in grads if batch.travels else ():
             master.grad = None
-        batch.put_away(cast=self._flat is not None)
+        if batch.put_away(cast=self._flat is not None):
+            self._tidy()
 
     def _deliver(self, batch: Batch, scale: float | torch.Tensor) -> Gradients:
         """Put the gradients of what has come where the optimizer looks for them, scaled unless it scales itself."""
