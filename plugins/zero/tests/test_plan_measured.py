@@ -54,6 +54,15 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "stage 1": (2, 64, {"zero": {"stage": 1}}),
     "stage 2, accumulation": (2, 64, {"zero": {"stage": 2}, "batch": {"micro": 2, "accumulation": 2}}),
     "stage 3": (2, 128, {"zero": {"stage": 3}}),
+    "stage 2, optimizer on a disk": (2, 64, {"zero": {"stage": 2}, "offload": {"optimizer": "nvme", "path": "."}}),
+    "stage 3, everything on a disk": (
+        1,
+        64,
+        {
+            "zero": {"stage": 3},
+            "offload": {"optimizer": "nvme", "gradients": "nvme", "parameters": "nvme", "path": ".", "grain": 2**22},
+        },
+    ),
     "stage 3, bf16": (2, 8, {"zero": {"stage": 3}, "batch": {"micro": 1}, "precision": {"compute": "bf16"}}),
 }
 """Ranks, sequence and tables. bf16 has few tokens: a processor without such arithmetic takes long."""

@@ -105,7 +105,9 @@ def away(
     grain = min(rest.grain for rest in rests.values()) // master
     chunk = min(chunk, grain) if optimizer.pieces else chunk
     unit = max(units.values(), default=0)
-    update = (AHEAD + 2) * chunk * per_element
+    # Beside the chunks under way: state that the first update makes, and copies of gradients for torch's optimizers.
+    update = (AHEAD + 2) * chunk * per_element + chunk * (state // max(1, trainable) if "optimizer" in rests else 0)
+    update += 0 if optimizer.flat else chunk * master
     passes = (2 * unit * sources if "parameters" in rests else 0) + (
         IN_FLIGHT * unit * accumulate if "gradients" in rests else 0
     )
