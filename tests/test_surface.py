@@ -17,9 +17,11 @@ from powertrain.plugin import API, Phase, Plugin
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.checkpoint import CheckpointReader, CheckpointStore
 from powertrain.roles.communicator import Communicator
+from powertrain.roles.files import FileEngine, RandomFile
 from powertrain.roles.optimizer import OptimizerWrapper
 from powertrain.roles.runner import StepRunner
 from powertrain.roles.sampler import Sampler
+from powertrain.roles.tier import Lease, Slot, Tier
 
 HOOKS_OF_API_1 = {
     "make_accelerator": ["name"],
@@ -62,6 +64,11 @@ REQUIRED: dict[type[Any], set[str]] = {
     OptimizerWrapper: {"begin", "step", "discard", "tensors", "load", "parts", "publish", "gathered"},
     StepRunner: {"train", "evaluate"},
     Sampler: {"__iter__", "__len__", "advance", "state", "load_state"},
+    Tier: {"reserve"},
+    Slot: {"fetch", "blank", "free"},
+    Lease: {"wait", "store", "release"},
+    FileEngine: {"buffer", "open", "close"},
+    RandomFile: {"read", "write", "resize", "sync", "close"},
 }
 
 TABLES = {
@@ -177,7 +184,7 @@ def test_plugins_declare_these_facts() -> None:
     """The attributes of a plugin class, and the phases, are part of the contract."""
     public = {name for name in vars(Plugin) if not name.startswith("_")}
     expected = {"name", "api", "phase", "options", "fallback", "support", "Config", "is_available", "check_ranks"}
-    expected |= {"layer", "kernel_sets"}
+    expected |= {"layer", "kernel_sets", "rests"}
     assert public == expected
     phases = {phase.name: int(phase) for phase in Phase}
     names = ["MATERIALIZE", "COMPRESS", "PARALLELIZE", "RECOMPUTE", "COMPILE", "SHARD"]

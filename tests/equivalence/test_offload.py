@@ -198,6 +198,31 @@ def test_checkpoints_fit_every_tier(
         torch.testing.assert_close(resumed[1][name].float(), tensor.float(), rtol=tolerance, atol=tolerance)
 
 
+def evaluate_wide(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train ``Wide`` by a schedule-free optimizer, with an evaluation of the average between the steps."""
+    from powertrain_optimizers.schedule_free import evaluating
+
+    torch.manual_seed(3)
+    with powertrain.initialize(Wide(), settings, loss_fn=nn.CrossEntropyLoss()) as engine:
+        mine = plain.piece(plain.make_data(), engine.data_rank, engine.data_size)
+        losses = []
+        for _ in range(3):
+            losses.append(float(engine.train_step(mine)))
+            with evaluating(engine):
+                losses.append(float(engine.eval_step(mine)))
+        return {"losses": losses, "norms": [0.0], "slices": sharded.slices(engine)}
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_an_optimizer_that_changes_parameters_between_steps(ranks: Any, tmp_path: Path, compute: str) -> None:
+    """Schedule-free AdamW evaluates another point than it trains: its state comes for that as for an update."""
+    settings = {"zero": {"stage": 3, "unit": "Linear"}, "optimizers": {}, "precision": {"compute": compute}}
+    settings["optimizer"] = {"name": "schedule_free_adamw", "lr": 1e-2}
+    near = ranks(2, evaluate_wide, settings)
+    far = ranks(2, evaluate_wide, {**settings, "offload": away(3, tmp_path)})
+    assert plain.same_bits(bits(far), bits(near))
+
+
 LATE = ("blocks.2.", "head.")
 """What is updated late in ``Wide``: units from the end that make up at most half of the parameters."""
 

@@ -112,6 +112,7 @@ def initialize(
         plugin.check_ranks(plugin.config, mesh.size("data"))
     settings = configuration.derive(settings, mesh.size("data"))
     communicator = connect(hooks, settings, accelerator, device, mesh, rank)
+    context: Context | None = None
     try:
         agree_on_config(settings, communicator)
         context = Context(
@@ -140,6 +141,8 @@ def initialize(
             raise
     except BaseException as error:
         communicator.report(error)
+        if context is not None:
+            context.close_tiers()
         communicator.close()
         raise
 

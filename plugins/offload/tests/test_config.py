@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,23 @@ import torch
 import powertrain
 from powertrain.errors import ConfigError, ShardingError
 from powertrain_offload.config import OffloadConfig
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open() -> Iterator[None]:
+    """An engine that was refused has given its files up, before anybody collects garbage."""
+    before = swap_files()
+    yield
+    after = swap_files()
+    gc.collect()
+    assert not after - before
+
+
+def swap_files() -> set[str]:
+    """Return the names of the swap files that this process has open."""
+    place = Path("/proc/self/fd")
+    names = {str(path.readlink()) for path in place.iterdir() if path.is_symlink()} if place.exists() else set()
+    return {name for name in names if "powertrain-swap" in name}
 
 
 def initialize(config: dict[str, Any]) -> powertrain.Engine:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -39,9 +40,10 @@ class RoleResult:
 
 @click.command()
 @click.argument("name")
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Test it with another value in its table.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array, for programs.")
 @click.option("--verbose", "-v", is_flag=True, help="Also print pytest's own report.")
-def test(name: str, as_json: bool, verbose: bool) -> int:
+def test(name: str, settings: tuple[str, ...], as_json: bool, verbose: bool) -> int:
     """Run the conformance suite on the installed plugin NAME.
 
     Each role that the plugin fills is tested, and what every plugin must do.
@@ -50,7 +52,11 @@ def test(name: str, as_json: bool, verbose: bool) -> int:
     from powertrain.discovery import load
 
     load(name)
-    results, report, code = run_suites(name)
+    if settings:  # a mistake in them is told here, and not by every test
+        from powertrain.testing.suites import registry_of
+
+        registry_of(name, settings)
+    results, report, code = run_suites(name, settings)
     if verbose or code not in (0, 1) or not results:
         click.echo(report, err=True)
     if code not in (0, 1) or not results:
@@ -62,8 +68,12 @@ def test(name: str, as_json: bool, verbose: bool) -> int:
     return 1 if any(result.failed for result in results) else 0
 
 
-def run_suites(name: str) -> tuple[list[RoleResult], str, int]:
+def run_suites(name: str, settings: Sequence[str] = ()) -> tuple[list[RoleResult], str, int]:
     """Run ``powertrain.testing.suites`` in a new process; return the results, pytest's report and exit code.
+
+    Args:
+        name: of the plugin.
+        settings: "key=value" of keys of its table that have not their defaults.
 
     Raises:
         PluginError: pytest is not installed.
@@ -75,13 +85,14 @@ def run_suites(name: str) -> tuple[list[RoleResult], str, int]:
         )
     with tempfile.TemporaryDirectory(prefix="powertrain-test-") as place:
         # A configuration of its own: nothing of the project that the user stands in applies.
-        settings, report = Path(place, "pytest.ini"), Path(place, "report.xml")
-        settings.write_text("[pytest]\n")
+        ini, report = Path(place, "pytest.ini"), Path(place, "report.xml")
+        ini.write_text("[pytest]\n")
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "--pyargs", "powertrain.testing.suites", "--plugin", name),
+                *(f"--plugin-set={setting}" for setting in settings),
                 *("-p", "powertrain.testing.pytest_plugin", "-p", "no:cacheprovider", "-p", "no:randomly"),
-                *("-q", "-c", str(settings), "--rootdir", place, f"--junit-xml={report}"),
+                *("-q", "-c", str(ini), "--rootdir", place, f"--junit-xml={report}"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

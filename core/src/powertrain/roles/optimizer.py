@@ -351,5 +351,13 @@ class OptimizerWrapper(ABC):
                 rank's values win, and where an element changed, ``value`` becomes what was written.
         """
 
+    def visit(self, action: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Let ``action`` change what the optimizer updates, and its state, between steps; ``publish`` is called then.
+
+        Called with the optimizer once; or several times, each with some of its parameters in its groups and all of
+        them together once, where they are not all in memory at a time.
+        """
+        action(self.optimizer)
+
     def close(self) -> None:
         """Take hooks off the model."""

@@ -4,8 +4,8 @@
 
     pytest_plugins = ["powertrain.testing.pytest_plugin"]
 
-It adds the fixture ``ranks`` and the option ``--plugin`` of
-``powertrain.testing.suites``.
+It adds the fixture ``ranks`` and the options ``--plugin`` and ``--plugin-set``
+of ``powertrain.testing.suites``.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def ranks() -> Iterator[RankPool]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--plugin``."""
+    """Add ``--plugin`` and ``--plugin-set``."""
     group = parser.getgroup("powertrain")
     group.addoption("--plugin", metavar="NAME", help="the installed plugin that powertrain.testing.suites tests")
+    group.addoption("--plugin-set", metavar="KEY=VALUE", action="append", default=[], help="a key of its table")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,12 +4,13 @@ That command is::
 
     pytest -p powertrain.testing.pytest_plugin --pyargs powertrain.testing.suites --plugin NAME
 
-Classes whose hook the plugin does not implement are left out.
+The plugin has its default table, changed by each ``--plugin-set KEY=VALUE``.
+Classes whose hook it does not implement are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -17,8 +18,9 @@ from typing import Any, ClassVar, get_args
 import pytest
 import torch
 
+from powertrain import config as configuration
 from powertrain.context import Context
-from powertrain.discovery import load
+from powertrain.discovery import load, schemas_for
 from powertrain.environment import Rank
 from powertrain.mesh import Mesh
 from powertrain.plugin import Plugin
@@ -48,17 +50,30 @@ TIMEOUT = 60.0
 """Seconds that a communicator under test may take for one collective."""
 
 
-def registry_of(name: str) -> Registry:
-    """Return a registry that holds the installed plugin ``name`` alone, with its default table."""
+def registry_of(name: str, settings: Sequence[str] = ()) -> Registry:
+    """Return a registry that holds the installed plugin ``name`` alone.
+
+    Args:
+        name: of the plugin, and of its table.
+        settings: "key=value" of keys of the table that have not their defaults.
+
+    Raises:
+        ConfigError: the table does not take them.
+    """
     plugin = load(name)
-    return Registry([plugin(plugin.Config())])
+    if not settings:
+        return Registry([plugin(plugin.Config())])
+    document = configuration.read({name: {}}, overrides=[f"{name}.{setting}" for setting in settings], environ={})
+    schemas = schemas_for(document, ())
+    config = configuration.structure(document, schemas.tables, installed=schemas.installed, options=schemas.options)
+    return Registry([plugin(config.tables[name])])
 
 
-def connect(name: str, sizes: Mapping[str, int] | None) -> Communicator:
+def connect(name: str, settings: Sequence[str], sizes: Mapping[str, int] | None) -> Communicator:
     """Connect this process as an engine would, with the communicator and wrappers of plugin ``name``."""
     rank = Rank.from_environment()
     mesh = Mesh.build(rank.world_size, rank.index, sizes)
-    hooks = registry_of(name)
+    hooks = registry_of(name, settings)
     made: Communicator | None = hooks.one(
         "make_communicator", name=None, accelerator=NullHost(), mesh=mesh, rank=rank, timeout=TIMEOUT
     )
@@ -88,12 +103,18 @@ class Suite:
     hooks: ClassVar[frozenset[str]] = frozenset()
     unless: ClassVar[frozenset[str]] = frozenset()
     name: str
+    settings: tuple[str, ...]
     registry: Registry
 
     @pytest.fixture(autouse=True)
     def _take_plugin(self, request: pytest.FixtureRequest) -> None:
         self.name = request.config.getoption("--plugin")
-        self.registry = registry_of(self.name)
+        self.settings = tuple(request.config.getoption("--plugin-set"))
+        self.registry = self.another()
+
+    def another(self) -> Registry:
+        """Return a registry with a new object of the plugin."""
+        return registry_of(self.name, self.settings)
 
 
 class TestPlugin(Suite, PluginContract):
@@ -131,7 +152,7 @@ class TestCommunicator(Suite, PooledCommunicatorContract):
 
     def connector(self) -> Callable[[Mapping[str, int] | None], Communicator]:
         """Return what connects one process."""
-        return partial(connect, self.name)
+        return partial(connect, self.name, self.settings)
 
 
 class TestCommunicatorWrapper(Suite, CommunicatorContract):
@@ -143,7 +164,7 @@ class TestCommunicatorWrapper(Suite, CommunicatorContract):
         """Run ``check`` in threads, on wrapped loop-back communicators."""
 
         def body(communicator: Communicator) -> Any:
-            hooks = registry_of(self.name)
+            hooks = self.another()
             return connected(lambda _: wrapped(hooks, self.name, communicator), None, check, args)
 
         return LoopbackWorld(n, sizes).run(body)
@@ -156,10 +177,10 @@ class TestOptimizerWrapper(Suite, OptimizerWrapperContract):
 
     def make(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> OptimizerWrapper:
         """Return the plugin's wrapper."""
-        made: OptimizerWrapper | None = registry_of(self.name).one(
+        made: OptimizerWrapper | None = self.another().one(
             "wrap_optimizer", model=model, optimizer=optimizer, context=context
         )
-        needs(made is not None, "its default table wraps no optimizer")
+        needs(made is not None, "its table wraps no optimizer")
         assert made is not None
         return made
 
@@ -171,7 +192,7 @@ class TestCheckpointStore(Suite, CheckpointStoreContract):
 
     def make(self, directory: Path, communicator: Communicator) -> CheckpointStore:
         """Return the plugin's store of a directory."""
-        made: CheckpointStore | None = registry_of(self.name).one(
+        made: CheckpointStore | None = self.another().one(
             "make_checkpoint_store", uri=str(directory), context=make_context(communicator)
         )
         needs(made is not None, "it keeps no checkpoints in plain directories")
@@ -207,8 +228,8 @@ class TestTier(Suite, TierContract):
     def make(self, directory: Path) -> Tier:
         """Return where the plugin lets the category rest."""
         context = make_context(NullCommunicator(Mesh.build(1, 0), torch.device("cpu")))
-        made: Tier | None = registry_of(self.name).one("make_tier", category=self.category, context=context)
-        needs(made is not None, f"its default table leaves {self.category} on the device")
+        made: Tier | None = self.another().one("make_tier", category=self.category, context=context)
+        needs(made is not None, f"its table leaves {self.category} on the device")
         assert made is not None
         return made
 
@@ -221,6 +242,6 @@ class TestFileEngine(Suite, FileEngineContract):
     def make(self) -> FileEngine:
         """Return the plugin's engine, as a command gets it."""
         made: FileEngine | None = self.registry.one("make_file_engine", context=None)
-        needs(made is not None, "its default table makes no engine")
+        needs(made is not None, "its table makes no engine")
         assert made is not None
         return made

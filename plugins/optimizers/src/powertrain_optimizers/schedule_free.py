@@ -154,10 +154,10 @@ def evaluating(engine: Any) -> Iterator[None]:
             found=type(optimizer).__name__,
             remedy="evaluate without it",
         )
-    optimizer.eval()
+    wrapper.visit(ScheduleFreeAdamW.eval)
     wrapper.publish()
     try:
         yield
     finally:
-        optimizer.train()
+        wrapper.visit(ScheduleFreeAdamW.train)
         wrapper.publish()

@@ -180,6 +180,7 @@ class Chunk:
     def unbind(self) -> None:
         """Take the masters' memory away; touching one is an error until ``bind``."""
         for segment in self.segments:
+            mark_whole(segment.master)  # it may be without memory already
             segment.master.data = hollow(segment.master.shape, self.dtype, self.device)
             mark_freed(segment.master, segment.name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -415,6 +415,13 @@ class ShardedOptimizer(OptimizerWrapper):
         if gradients is None or not self._flushed or not gradients.anywhere[index]:
             gradients = None
         return self._parts.of(flat, index, gradients)
+
+    @torch.no_grad()
+    def visit(self, action: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Let ``action`` change masters and optimizer state, some at a time where they rest elsewhere."""
+        self.catch_up()
+        self._parts.forget()
+        self._updater.visit(action)
 
     def gathered(self, params: Sequence[torch.nn.Parameter], *, write: bool = False) -> AbstractContextManager[None]:
         """Return a context in which ``params`` are whole."""

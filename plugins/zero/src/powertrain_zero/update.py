@@ -270,6 +270,15 @@ class Updater:
         if self.late.batches:
             self.late.start(self._work.beside(), self.scale)
 
+    def visit(self, action: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Let ``action`` see the optimizer with all that it updates, some at a time where it rests elsewhere."""
+        if not self._moves:
+            action(self._optimizer)
+            return
+        self.late.join()
+        for batch in [*self._batches, *self.late.batches]:
+            self._work.visit(batch, action)
+
     def _check_hooks(self) -> None:
         """Refuse hooks that want to see all of what comes piece by piece.
 

@@ -66,6 +66,14 @@ class Work:
         if batch.put_away(cast=self._flat is not None):
             self._tidy()
 
+    def visit(self, batch: Batch, action: Callable[[torch.optim.Optimizer], None]) -> None:
+        """Let ``action`` see the optimizer with one batch's masters and state in memory."""
+        batch.fetch()
+        batch.bind()
+        with self._only(batch):
+            action(self._optimizer)
+        batch.put_away(cast=False)
+
     def _deliver(self, batch: Batch, scale: float | torch.Tensor) -> Gradients:
         """Put the gradients of what has come where the optimizer looks for them, scaled unless it scales itself."""
         grads = {master: grad for travel in batch.travels for master, grad in travel.grads.items()}
