@@ -208,7 +208,7 @@ def test_an_engine_that_does_not_work_here(tmp_path: Path, monkeypatch: pytest.M
 def test_less_memory_than_transfers_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "available_memory", lambda: 1_000_000)
     error = refused(HostMemoryShort, parameters="nvme", path=str(tmp_path))
-    assert "memory for transfers" in error.message
+    assert "transfers need" in error.message
     assert error.found == "0.00 GB available"
     assert not list(tmp_path.iterdir())
 

@@ -94,7 +94,7 @@ def check_memory(need: int, ranks: int, what: str, *, pinned: bool = False) -> N
     Args:
         need: bytes of one rank.
         ranks: of this host.
-        what: needs it, for people.
+        what: "gradients need", for people.
         pinned: it must be page-locked, so it cannot be swapped out.
 
     Raises:
@@ -103,7 +103,7 @@ def check_memory(need: int, ranks: int, what: str, *, pinned: bool = False) -> N
     free = available_memory()
     if free is not None and need * ranks > free:
         raise HostMemoryShort(
-            f"there is less {'memory to page-lock' if pinned else 'memory'} on this host than {what} needs",
+            f"there is less {'memory to page-lock' if pinned else 'memory'} on this host than {what}",
             where="[offload]",
             expected=f"{_in_gb(need * ranks)}: {_in_gb(need)} for each of {ranks} rank{'s' if ranks > 1 else ''}",
             found=f"{_in_gb(free)} available",

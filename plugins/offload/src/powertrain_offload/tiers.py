@@ -24,6 +24,13 @@ _log = logging.getLogger("powertrain.offload")
 
 _HOST = torch.device("cpu")
 
+WORDS = {
+    "optimizer": "masters and optimizer state",
+    "gradients": "gradients",
+    "parameters": "parameters",
+    "activations": "saved activations",
+}
+
 LATE = 0.5
 """With ``delayed``: the share of the parameters whose update may go on during the next forward pass. A forward pass
 takes about as long as half of what the processor's update of all takes, where offloading pays at all."""
@@ -65,10 +72,10 @@ class Tiers:
         if "nvme" in table.places:
             preflight.check_paths(self.paths)
             self._make_engine().close()
-            self._expect("nvme", self._least(model, "nvme"), "what rests on disks at least")
-            self._expect("host", min(table.buffers, self._least(model, "nvme")), "memory for transfers")
+            self._expect("nvme", self._least(model, "nvme"), "what is to rest there, at the least")
+            self._expect("host", min(table.buffers, self._least(model, "nvme")), "transfers need")
         if "host" in table.places and self._context.device.type != _HOST.type:
-            self._expect("host", self._least(model, "host"), "what rests there at least")
+            self._expect("host", self._least(model, "host"), "what is to rest there needs, at the least")
         self._expected = {"host": 0, "nvme": 0}
 
     def _least(self, model: torch.nn.Module, place: str) -> int:
@@ -98,7 +105,7 @@ class Tiers:
         if device.type == _HOST.type:
             _log.info("%s: the device's memory is the host's here, so it stays where it is", category)
             return DeviceTier(device)
-        check = partial(self._expect, "host", what=f"what rests of {category}")
+        check = partial(self._expect, "host", what=f"{WORDS[category]} need")
         return HostTier(self._context.accelerator, device, used, self._table.grain, check)
 
     def _disk(self, category: Category, used: torch.device) -> Tier:
@@ -109,7 +116,7 @@ class Tiers:
             self._swap = SwapFile(self._engine, self.paths)
             self._pool = Pool(self._engine, self._table.buffers)
             _log.info("state rests in %s, moved by %s", ", ".join(map(str, self.paths)), self._engine.name)
-        check = partial(self._expect, "nvme", what=f"what rests of {category}")
+        check = partial(self._expect, "nvme", what=WORDS[category])
         return _SharedDiskTier(self, self._swap, self._pool, used, self._table.grain, check)
 
     def _make_engine(self) -> FileEngine:
