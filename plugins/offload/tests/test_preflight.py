@@ -152,7 +152,7 @@ def test_less_disk_than_is_certain_to_be_needed(tmp_path: Path, monkeypatch: pyt
     assert error.expected == "0.01 GB free: 0.01 GB for each of 1 rank"
     assert error.found == "0.01 GB free"
     monkeypatch.setattr(preflight, "free_bytes", lambda path: 9_000_000)
-    with pytest.raises(StorageFull, match=r"room for what rests of"):  # what the optimizer keeps is known later
+    with pytest.raises(StorageFull, match=r"room for (gradients|parameters|masters)"):  # what the optimizer keeps is known later
         powertrain.initialize(torch.nn.Linear(1000, 1000), {"zero": {"stage": 3}, "offload": table})
 
 

@@ -159,4 +159,4 @@ def file_system(path: Path, table: str = "/proc/self/mountinfo") -> str | None:
 
 
 def _in_gb(nbytes: int) -> str:
-    return f"{nbytes / _GB:,.2f} GB"
+    return f"{nbytes / _GB:,.2f} GB" if nbytes >= _GB / 10 else f"{nbytes / 1e6:,.1f} MB"
