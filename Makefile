@@ -46,6 +46,9 @@ bench: $(READY) $(PEERS)/.ready
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/engine_overhead.py
 	@$(BIN)/python benchmarks/checkpoint_async.py
+	@$(BIN)/python benchmarks/io.py .
+	@$(BIN)/python benchmarks/checkpoint.py
+	@$(BIN)/python benchmarks/offload.py
 	@$(BIN)/python benchmarks/cpu_kernels.py
 	@$(BIN)/python benchmarks/collectives.py
 	@$(BIN)/python benchmarks/zero.py --precision fp32 --accumulation 1

@@ -149,8 +149,8 @@ def test_less_disk_than_is_certain_to_be_needed(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(preflight, "free_bytes", lambda path: 7_000_000)
     table = {"optimizer": "nvme", "gradients": "nvme", "parameters": "nvme", "path": str(tmp_path)}
     error = refused(StorageFull, **table)
-    assert error.expected == "0.01 GB free: 0.01 GB for each of 1 rank"
-    assert error.found == "0.01 GB free"
+    assert error.expected == "8.0 MB free: 8.0 MB for each of 1 rank"
+    assert error.found == "7.0 MB free"
     monkeypatch.setattr(preflight, "free_bytes", lambda path: 9_000_000)
     with pytest.raises(StorageFull, match=r"room for (gradients|parameters|masters)"):  # what the optimizer keeps is known later
         powertrain.initialize(torch.nn.Linear(1000, 1000), {"zero": {"stage": 3}, "offload": table})
@@ -209,7 +209,7 @@ def test_less_memory_than_transfers_need(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(preflight, "available_memory", lambda: 1_000_000)
     error = refused(HostMemoryShort, parameters="nvme", path=str(tmp_path))
     assert "transfers need" in error.message
-    assert error.found == "0.00 GB available"
+    assert error.found == "1.0 MB available"
     assert not list(tmp_path.iterdir())
 
 
