@@ -306,3 +306,37 @@ def test_activations_rest_on_a_disk(ranks: Any, tmp_path: Path, stage: int, poli
     assert plain.same_bits(bits(far), bits(near))
     if policy is None:
         assert far[0]["stored"] == far[0]["fetched"] > 3 * 3 * 48 * 12_000 * 4
+
+
+def look_at_wide(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train, read and write single parameters, stream the model, and train on."""
+    torch.manual_seed(3)
+    with powertrain.initialize(Wide(), settings, loss_fn=nn.CrossEntropyLoss()) as engine:
+        mine = plain.piece(plain.make_data(), engine.data_rank, engine.data_size)
+        engine.train_step(mine)
+        found = {f"streamed/{name}": tensor.clone() for name, tensor in powertrain.stream(engine)}
+        states = [powertrain.state(param) for param in engine.module.parameters()]
+        found |= {f"grad/{s.name}": s.grad.full() for s in states if s.grad is not None}
+        slices = [state.value.local for state in states]  # all at once, and written after others were looked at
+        moments = [state.optimizer["exp_avg"].full() for state in states]
+        for part in slices:
+            part.mul_(0.5)
+        states[0].value.publish()
+        for state, moment in zip(states, moments, strict=True):
+            state.optimizer["exp_avg"].write(moment + 1)
+        with powertrain.full(engine.module, write=True), torch.no_grad():
+            engine.module.head.bias.add_(1)
+        engine.train_step(mine)
+        found |= {f"then/{name}": tensor.clone() for name, tensor in powertrain.stream(engine)}
+        found |= {f"moment/{s.name}": s.optimizer["exp_avg"].full() for s in states}
+        return found
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_single_parameters_are_read_and_written_where_they_rest(ranks: Any, tmp_path: Path, compute: str) -> None:
+    """What was read is what rests, and what was written is trained on, whoever else is looked at in between."""
+    settings = {"zero": {"stage": 3, "unit": "Linear"}, "precision": {"compute": compute}}
+    near = ranks(2, look_at_wide, settings)
+    far = ranks(2, look_at_wide, {**settings, "offload": away(3, tmp_path)})
+    for one, other in zip(near, far, strict=True):
+        assert plain.same_bits(one, other)

@@ -57,7 +57,8 @@ class _Held:
         communicator = self._home.communicator
         name = self.name if key == "value" else f"{key} of {self.name}"
         if key not in self._places:
-            self._places.update(exchange(self.parts(), communicator, f"places of {self.name}"))
+            mine = {key: Place.of(piece) for key, piece in self.parts().items()}
+            self._places.update(exchange(mine, communicator, f"places of {self.name}"))
         places = self._places.get(key)
         if places is None:
             raise KeyError(f"no rank has {name}")

@@ -94,21 +94,19 @@ class Place:
         return cls(tuple(shape), getattr(torch, dtype), start, numel, whole)
 
 
-def exchange(
-    pieces: Mapping[str, TensorSlice], communicator: Communicator, label: str
-) -> dict[str, list[Place | None]]:
+def exchange(mine: Mapping[str, Place], communicator: Communicator, label: str) -> dict[str, list[Place | None]]:
     """Tell the data ranks what each holds; a collective.
 
     Args:
-        pieces: this rank's slices by key; a rank that holds nothing of one may leave it out.
+        mine: places of this rank's slices by key; a rank that holds nothing of one may leave it out.
         communicator: connects the ranks.
         label: what it is for, for people.
 
     Returns:
         For each key that some rank has, each rank's place, in order of index; None where it has none.
     """
-    mine = {key: Place.of(piece).to_json() for key, piece in pieces.items()}
-    every = communicator.gather_json(mine, "data", label=label)
+    told = {key: place.to_json() for key, place in mine.items()}
+    every = communicator.gather_json(told, "data", label=label)
     keys = dict.fromkeys(key for one in every for key in one)
     return {key: [Place.from_json(one[key]) if key in one else None for one in every] for key in keys}
 

@@ -36,9 +36,8 @@ def stream(
     places: dict[str, list[Place | None]] = {}
     for wrapper in {id(home.wrapper): home.wrapper for home in homes.values()}.values():
         own = {name: home for name, home in homes.items() if home.wrapper is wrapper}
-        pieces = {name: wrapper.parts(home.param)["value"] for name, home in own.items()}
-        places |= exchange(pieces, next(iter(own.values())).communicator, "places of all parameters")
-        del pieces
+        mine = {name: Place.of(wrapper.parts(home.param)["value"]) for name, home in own.items()}
+        places |= exchange(mine, next(iter(own.values())).communicator, "places of all parameters")
     for name, param in named:
         # Nothing here may keep a tensor while the next one is made.
         if (home := homes.get(name)) is None:

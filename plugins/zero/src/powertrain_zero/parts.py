@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from sys import getrefcount
 
 import attrs
 import torch
 
+from powertrain.compat import owns_its_memory
 from powertrain.roles.checkpoint import TensorSlice
 from powertrain_zero.chunk import Chunk, Segment
 from powertrain_zero.flat import Flat
@@ -21,13 +24,23 @@ class _Shown:
     Attributes:
         slice: what was handed out.
         pieces: what it was copied from, in order.
+        checksum: of the copy as it was then: those who fill tensors may write past torch, which counts writes.
     """
 
     slice: TensorSlice
     pieces: Sequence[TensorSlice]
+    checksum: int
+
+    def is_ours_alone(self) -> bool:
+        """Return whether nobody else can write into the copy any more."""
+        # One reference is the attribute that holds the object, one that of the call.
+        held = getrefcount(self.slice) > 2 or getrefcount(self.slice.tensor) > 2
+        return not held and owns_its_memory(self.slice.tensor)
 
     def write_back(self) -> None:
-        """Bring home what was written into the copy."""
+        """Bring home what was written into the copy, if anything was."""
+        if _checksum(self.slice.tensor) == self.checksum:
+            return
         taken = 0
         for piece in self.pieces:
             loan = piece.lend(blank=True)
@@ -62,6 +75,7 @@ class Parts:
             index: its place there.
             gradients: of the flat, if there is one of the parameter.
         """
+        self._let_go()
         name, shape = flat.named[index][0], tuple(flat.layout.entries[index].shape)
         held = [(chunk, segment) for chunk in flat.chunks for segment in chunk.segments if segment.index == index]
         if not held:
@@ -89,6 +103,11 @@ class Parts:
         for shown in self._shown.values():
             shown.write_back()
 
+    def _let_go(self) -> None:
+        """Bring home, and drop, copies that nobody else holds: who goes through a whole model has one at a time."""
+        for key in [key for key, shown in self._shown.items() if shown.is_ours_alone()]:
+            self._shown.pop(key).write_back()
+
     def forget(self) -> None:
         """Let go of the copies: what they show is about to change."""
         self._shown.clear()
@@ -113,7 +132,7 @@ class Parts:
                 copies.append(loan.wait().clone())
                 loan.release()
             whole = attrs.evolve(first, tensor=torch.cat(copies), slot=None, first=0)
-            self._shown[name, key] = _Shown(whole, list(pieces))
+            self._shown[name, key] = _Shown(whole, list(pieces), _checksum(whole.tensor))
         return self._shown[name, key].slice
 
     def _gradient(self, flat: Flat, index: int, gradients: FlatGradients, first: Segment) -> TensorSlice:
@@ -128,5 +147,9 @@ class Parts:
             lease = gradients.fetch(start, stop, torch.device("cpu"))
             copy = lease.wait().view(gradients.dtype) * self._updater.scale
             lease.release()
-            self._shown[name, "grad"] = _Shown(TensorSlice(name, shape, copy, first.start), ())
+            self._shown[name, "grad"] = _Shown(TensorSlice(name, shape, copy, first.start), (), _checksum(copy))
         return self._shown[name, "grad"].slice
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.view(torch.uint8).cpu().numpy().data)
