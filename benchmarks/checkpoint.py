@@ -5,6 +5,8 @@ equal shares of it. In each round every way has its turn, fio among them, so tha
 compared. fio writes new files, as the others do, one per rank, past the page cache; the better of two shapes counts.
 
     python benchmarks/checkpoint.py [--ranks 1 2] [--rounds 7] [--gb 1] [--directory DIR]
+
+``buffered`` is Powertrain without a file engine, ``dcp:N`` torch.distributed.checkpoint with N threads.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ from typing import IO
 
 WAYS = ("powertrain", "buffered", "torch.save", "dcp:1", "dcp:2", "dcp:4")
 SHAPES = (("1M", 32), ("8M", 8))
-BOUNDS = {"fio": 0.85, "torch.save": 3.0, "dcp": 1.5}
+BOUNDS = {
+    ("save", "fio"): 0.85,
+    ("save", "torch.save"): 3.0,
+    ("save", "dcp"): 1.5,
+    ("load", "fio"): 0.85,
+}
 """What ``powertrain`` must reach, in multiples of the others."""
 
 
@@ -120,13 +127,14 @@ def measure(count: int, nbytes: int, rounds: int, root: Path) -> dict[tuple[str,
         turns.append((f"fio {shape[0]} x {shape[1]}", turn))
     try:
         for number in range(rounds + 1):
-            # Every second round the other way round: what follows a way that leaves the disk busy is not always the same.
+            # Every second round the other way round: what comes after a way that leaves the disk busy differs.
             for way, turn in turns if number % 2 else reversed(turns):
                 for what in ("save", "load"):
+                    # A virtual disk may have an allowance that refills: nobody is to begin on what another has left.
+                    time.sleep(1.0)
                     taken = turn(what)
                     if number:
                         samples.setdefault((what, way), []).append(taken)
-                time.sleep(0.2)
     finally:
         ranks.close()
     return samples
@@ -142,12 +150,12 @@ def report(count: int, nbytes: int, samples: dict[tuple[str, str], list[float]])
         for way, median in medians.items():
             least, most = min(speeds[what, way]), max(speeds[what, way])
             print(f"  {what}  {way:14} {median:6.2f}  ({least:.2f} to {most:.2f})")
-        for other, bound in BOUNDS.items():
+        for other in ("fio", "torch.save", "dcp"):
             best = max(median for way, median in medians.items() if way.startswith(other))
-            ratio = medians["powertrain"] / best
-            verdict = "met" if ratio >= bound else "MISSED"
-            print(f"  {what}  powertrain / {other}: {ratio:.2f}, bound {bound}: {verdict}")
-            held &= ratio >= bound
+            ratio, bound = medians["powertrain"] / best, BOUNDS.get((what, other))
+            verdict = "" if bound is None else f", bound {bound}: {'met' if ratio >= bound else 'MISSED'}"
+            print(f"  {what}  powertrain / {other}: {ratio:.2f}{verdict}")
+            held &= bound is None or ratio >= bound
     return held
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -14,6 +15,7 @@ from powertrain.errors import CheckpointError, ShardCorrupt, ShardMissing, Shard
 from powertrain.roles.communicator import Handle
 from powertrain.roles.files import FileEngine, RandomFile, Transfer
 from powertrain_checkpoint.bands import Band, Check, Lent
+from powertrain_checkpoint.keeping import Keeper
 from powertrain_checkpoint.manifest import BLOCK, File
 from powertrain_checkpoint.means import PAGE, Means
 
@@ -23,8 +25,11 @@ _GAP = 64 * 1024
 _LARGEST = 2 * (BLOCK + PAGE)
 """Bytes of a read that serves several bands, at most."""
 
-_DEPTH = 4
-"""Reads under way at once."""
+_DEPTH = 3
+"""Reads under way at once, beside the one that is waited for."""
+
+_CHECKING = 2
+"""Reads that are being checked and copied at once, beside the one that is waited for. All these fit into the ring."""
 
 _STORES = 4
 """Slices on their way to where they rest."""
@@ -97,9 +102,12 @@ class Fetcher:
     ) -> None:
         self._means, self._wanted = means, wanted
         self._files = _Files(means.engine, directory, files)
-        self._kept = _keep(means.engine, wanted, room)
+        self._keeper = Keeper(means.engine, room)
+        self._kept: dict[Fetch, memoryview] = {}
+        self._verifying, self._begin, self._arrived_bytes = False, 0.0, 0
         self._lent_out: dict[Fetch, memoryview] = {}
-        self._spare: list[memoryview] = []
+        ring = means.ring()
+        self._spare = [ring[at : at + _LARGEST] for at in range(0, len(ring) - _LARGEST + 1, _LARGEST)]
         self._stores: deque[Handle] = deque()
         self._lent: Lent | None = None
 
@@ -112,17 +120,18 @@ class Fetcher:
         self._files.close()
 
     def verify(self) -> None:
-        """Read everything and compare it with its checksums.
+        """Read everything, compare it with its checksums, and keep what there is room for.
 
         Raises:
             ShardMissing, ShardTruncated, ShardCorrupt: a file is damaged.
             CheckpointError: the system refused.
         """
+        self._verifying, self._begin, self._arrived_bytes = True, time.monotonic(), 0
         with self._means.crew() as crew:
             under_way: deque[tuple[Future[None], Fetch]] = deque()
             for fetch, view in self._arriving(self._wanted):
                 under_way.append((crew.submit(self._check, fetch, view), fetch))
-                if len(under_way) > _DEPTH:
+                if len(under_way) > _CHECKING:
                     self._end(*under_way.popleft())
             while under_way:
                 self._end(*under_way.popleft())
@@ -134,11 +143,12 @@ class Fetcher:
             ShardMissing, ShardTruncated, ShardCorrupt: a file is damaged by now.
             CheckpointError, StorageError: the system refused.
         """
+        self._verifying = False
         with self._means.crew() as crew:
             under_way: deque[tuple[Future[None], Fetch, memoryview]] = deque()
             for fetch, view in self._present():
-                under_way.append((self._begin(crew, fetch, view), fetch, view))
-                if len(under_way) > _DEPTH:
+                under_way.append((self._hand_over(crew, fetch, view), fetch, view))
+                if len(under_way) > _CHECKING:
                     self._deliver(*under_way.popleft())
             while under_way:
                 self._deliver(*under_way.popleft())
@@ -156,7 +166,7 @@ class Fetcher:
             elif any(band.target for band in fetch.bands):
                 yield next(again)
 
-    def _begin(self, crew: Executor, fetch: Fetch, view: memoryview) -> Future[None]:
+    def _hand_over(self, crew: Executor, fetch: Fetch, view: memoryview) -> Future[None]:
         """Let a thread verify what was read again, and fill targets in the host's memory."""
 
         def work() -> None:
@@ -202,7 +212,12 @@ class Fetcher:
             transfer.wait()
         except StorageError as error:
             raise self._files.explain(fetch.file, error) from error
+        self._arrived_bytes += fetch.nbytes
         return fetch, view
+
+    def _speed(self) -> float:
+        """Return the bytes that have been read in a second, not counting the time that memory took."""
+        return self._arrived_bytes / max(time.monotonic() - self._begin - self._keeper.seconds, 1e-3)
 
     def _check(self, fetch: Fetch, view: memoryview) -> None:
         for start, stop, checksum in fetch.checks.values():
@@ -214,8 +229,11 @@ class Fetcher:
         self._put_back(fetch)
 
     def _take(self, fetch: Fetch) -> memoryview:
-        if fetch in self._kept:
-            return self._kept[fetch]
+        if self._verifying and self._arrived_bytes:  # how fast the disk is is known
+            kept = self._keeper.take(fetch.nbytes, self._speed())
+            if kept is not None:
+                self._kept[fetch] = kept
+                return kept
         whole = self._spare.pop() if self._spare and fetch.nbytes <= _LARGEST else None
         whole = whole or self._means.engine.buffer(max(fetch.nbytes, _LARGEST))
         self._lent_out[fetch] = whole
@@ -273,19 +291,3 @@ class _Files:
         """Wait for all transfers and close them."""
         while self._open:
             self._open.popitem()[1].close()
-
-
-def _keep(engine: FileEngine, wanted: Iterable[Fetch], room: int) -> dict[Fetch, memoryview]:
-    """Return memory for the first fetches, as many as there is room for."""
-    places, end = [], 0
-    for fetch in wanted:
-        size = -(-fetch.nbytes // PAGE) * PAGE
-        if end + size > room:
-            break
-        places.append((fetch, end))
-        end += size
-    try:
-        block = engine.buffer(end)
-    except (MemoryError, OSError):
-        return {}
-    return {fetch: block[start : start + fetch.nbytes] for fetch, start in places}
