@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 pytest_plugins = ["powertrain.testing.pytest_plugin"]
+
+
+def pytest_configure() -> None:
+    """Heed interrupts: what a shell starts in the background ignores them, and processes under test inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -463,8 +463,8 @@ def test_requirements_name_plugins_or_distributions(site: Site, text: str) -> No
 @pytest.mark.parametrize(
     ("text", "kind", "says", "remedy"),
     [
-        ("offload", PluginMissing, "required plugin 'offload' is not installed", "pip install 'powertrain-offload'"),
-        ("powertrain-offload>=1", PluginMissing, "'powertrain-offload' is not installed", "'powertrain-offload>=1'"),
+        ("tensor", PluginMissing, "required plugin 'tensor' is not installed", "pip install 'powertrain-tensor'"),
+        ("powertrain-tensor>=1", PluginMissing, "'powertrain-tensor' is not installed", "'powertrain-tensor>=1'"),
         ("site-one>=2", PluginError, "plugin 'one' has the wrong version", "pip install 'site-one>=2'"),
         ("one two", PluginError, "'one two' is not a requirement", ""),
     ],

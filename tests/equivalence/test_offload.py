@@ -192,7 +192,7 @@ def test_checkpoints_fit_every_tier(
     ranks(first[0], train_wide, settings(*first), 2, directory)
     unbroken = ranks(then[0], train_wide, settings(then[0], False), 4)[0]
     resumed = ranks(then[0], train_wide, settings(*then), 2, directory, True)[0]
-    assert resumed[0] == pytest.approx(unbroken[0][2:], rel=1e-5 if compute == "fp32" else 1e-2)
+    assert resumed[0] == pytest.approx(unbroken[0][2:], rel=1e-5 if compute == "fp32" else 2e-2)
     for name, tensor in unbroken[1].items():
         tolerance = 1e-5 if compute == "fp32" else 2e-2
         torch.testing.assert_close(resumed[1][name].float(), tensor.float(), rtol=tolerance, atol=tolerance)

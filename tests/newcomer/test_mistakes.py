@@ -62,8 +62,8 @@ MISTAKES = {
         ["[PT100]", "train.toml:1:2", "batc: unknown section", "did you mean [batch]?"],
     ),
     "section of a plugin that is not there": (
-        "[offload]\noptimizer = 1\n",
-        ["[PT100]", "train.toml:1:2", "offload: unknown section", "pip install powertrain-offload"],
+        "[tensor]\nsize = 1\n",
+        ["[PT100]", "train.toml:1:2", "tensor: unknown section", "pip install powertrain-tensor"],
     ),
     "wrong type": (
         '[batch]\nmicro = "8"\n',

@@ -152,7 +152,9 @@ def test_less_disk_than_is_certain_to_be_needed(tmp_path: Path, monkeypatch: pyt
     assert error.expected == "8.0 MB free: 8.0 MB for each of 1 rank"
     assert error.found == "7.0 MB free"
     monkeypatch.setattr(preflight, "free_bytes", lambda path: 9_000_000)
-    with pytest.raises(StorageFull, match=r"room for (gradients|parameters|masters)"):  # what the optimizer keeps is known later
+    with pytest.raises(
+        StorageFull, match=r"room for (gradients|parameters|masters)"
+    ):  # what the optimizer keeps is known later
         powertrain.initialize(torch.nn.Linear(1000, 1000), {"zero": {"stage": 3}, "offload": table})
 
 

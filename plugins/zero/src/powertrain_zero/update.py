@@ -125,13 +125,12 @@ class Updater:
         else:
             self._batches = [self._everything()]
         self.scale: float | torch.Tensor = 1.0
-        self._tidy = partial(context.accelerator.release_unused, context.device)
         self._work = Work(
             optimizer,
             outs=self._outs,
             total=self._total,
             converts=(self._state_dtype, self._master_dtype) if self._converts else None,
-            tidy=self._tidy,
+            tidy=partial(context.accelerator.release_unused, context.device),
         )
 
     def _make_late(self, tiers: Tiers, *, elementwise: bool) -> Late:
@@ -249,8 +248,6 @@ class Updater:
     ) -> None:
         """Let the optimizer update everything, and publish; at the end wait for that, and for ``handles``."""
         batches = self._batches
-        if self._moves:  # what backward has left in the allocator is not to stand beside what comes for the update
-            self._tidy()
         if has_step_hooks(self._optimizer):  # who listens hears of one step, and sees what it uses
             self._check_hooks()
             # In the master's format, which has room for what is scaled; _put_back takes the copy away.
@@ -265,8 +262,6 @@ class Updater:
         for published in handles:
             if published is not None:
                 published.wait()
-        if self._moves:
-            self._tidy()
         if self.late.batches:
             self.late.start(self._work.beside(), self.scale)
 

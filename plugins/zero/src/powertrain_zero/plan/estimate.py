@@ -33,6 +33,10 @@ ALLOCATOR = 0.06
 """What glibc's allocator keeps beyond what is in use, as a part of the tensors: 3 to 8 % in the runs that the tests
 compare with. (There is next to nothing with MALLOC_MMAP_THRESHOLD_=131072.) Devices' allocators were not measured."""
 
+ALLOCATOR_MOVING = 0.6
+"""The same where units come from elsewhere, by which little stays: 50 to 70 %, of less. Giving it back after each step
+costs more than it spares: fresh memory is slow."""
+
 ALLOCATOR_GATHERING = 0.16
 """The same in stage 3, where units come and go between tensors that stay: 15 to 23 %."""
 
@@ -177,6 +181,8 @@ def estimate(model: torch.nn.Module, case: Case, optimizer: OptimizerFacts, acti
     if not case.on_host:
         return need
     kept = ALLOCATOR_GATHERING if need.gathered else ALLOCATOR
+    if need.gathered and "parameters" in resting(case.rests, 3, on_host=True):
+        kept = ALLOCATOR_MOVING
     return attrs.evolve(need, allocator=int(kept * need.tensors))
 
 
