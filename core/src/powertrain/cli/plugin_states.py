@@ -146,8 +146,10 @@ def _turned_off(name: str) -> str | None:
 
 
 def _when(entry: Installed) -> str:
+    if named := sorted(entry.roles - {"files"}):
+        return f"asked by runs that name no {' or '.join(named)}"
     if entry.roles:
-        return f"asked by runs that name no {' or '.join(sorted(entry.roles))}"
+        return f"moves bytes to and from files for every run; on with a [{entry.name}] section"
     return f"on with a [{entry.name}] section"
 
 
