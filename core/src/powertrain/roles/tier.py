@@ -37,7 +37,8 @@ class Lease(ABC):
     """The content of a slot, or of a part of it, in memory on loan; it ends with ``store`` or ``release``.
 
     Attributes:
-        tensor: its bytes (uint8, flat), aligned to 64; defined once ``wait`` has returned.
+        tensor: its bytes (uint8, flat), defined once ``wait`` has returned; aligned to 64 where the range starts at
+            a multiple of 64.
     """
 
     tensor: torch.Tensor
@@ -192,14 +193,14 @@ class DeviceSlot(Slot):
         """Return a view, or on another device a copy."""
         part = self.resident[start : self.nbytes if stop is None else stop]
         if device is None or device == part.device:
-            return _View(part)
+            return InPlace(part)
         return _Copy(part, part.to(device))
 
     def blank(self, start: int = 0, stop: int | None = None, device: torch.device | None = None) -> Lease:
         """Return a view, or on another device memory of the same size."""
         part = self.resident[start : self.nbytes if stop is None else stop]
         if device is None or device == part.device:
-            return _View(part)
+            return InPlace(part)
         return _Copy(part, torch.empty_like(part, device=device))
 
     def free(self) -> None:
@@ -207,20 +208,22 @@ class DeviceSlot(Slot):
         self.resident = self.resident[:0]
 
 
-class _View(Lease):
-    """Content where it rests."""
+class InPlace(Lease):
+    """Content where it rests: nothing is brought, and nothing taken away."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
     def wait(self) -> torch.Tensor:
+        """Return the content."""
         return self.tensor
 
     def store(self) -> Handle:
+        """Do nothing: it is there."""
         return Done()
 
     def release(self) -> None:
-        pass
+        """Do nothing: what was written is there."""
 
 
 class _Copy(Lease):

@@ -8,7 +8,7 @@ import torch
 
 from powertrain.roles.accelerator import Accelerator
 from powertrain.roles.communicator import Done, Handle
-from powertrain.roles.tier import Lease, Slot, Tier
+from powertrain.roles.tier import InPlace, Lease, Slot, Tier
 
 _HOST = torch.device("cpu")
 
@@ -96,24 +96,8 @@ class HostSlot(Slot):
         part = self.memory[start : self.nbytes if stop is None else stop]
         if device.type == _HOST.type:
             self.settle()
-            return _InPlace(part)
+            return InPlace(part)
         return _OnDevice(self, part, device, full=full)
-
-
-class _InPlace(Lease):
-    """The memory itself."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def wait(self) -> torch.Tensor:
-        return self.tensor
-
-    def store(self) -> Handle:
-        return Done()
-
-    def release(self) -> None:
-        pass
 
 
 class _OnDevice(Lease):

@@ -9,7 +9,6 @@ import torch
 
 from powertrain.roles.tier import Lease
 from powertrain_zero.chunk import Chunk
-from powertrain_zero.flat import Flat
 from powertrain_zero.gradients import FlatGradients
 from powertrain_zero.kept import KeptState
 from powertrain_zero.unit import Unit
@@ -19,9 +18,8 @@ class Travel:
     """Brings one chunk's masters, state and gradients to where they are updated, and takes them away.
 
     Args:
-        flat: whose chunk it is.
+        gradients: of the flat whose chunk it is.
         chunk: the chunk.
-        gradients: of the flat.
         state: the optimizer's ``state``.
 
     Attributes:
@@ -31,15 +29,13 @@ class Travel:
         held: the model does not see new values before ``show``.
     """
 
-    def __init__(
-        self, flat: Flat, chunk: Chunk, gradients: FlatGradients, state: MutableMapping[torch.Tensor, Any]
-    ) -> None:
+    def __init__(self, gradients: FlatGradients, chunk: Chunk, state: MutableMapping[torch.Tensor, Any]) -> None:
         self.chunk = chunk
         self.grads: dict[torch.nn.Parameter, torch.Tensor] = {}
         self.outs: dict[torch.nn.Parameter, torch.Tensor] = {}
-        label = f"{flat.label} [{chunk.start}:{chunk.stop}]"
+        self._flat, self._gradients = gradients.flat, gradients
+        label = f"{self._flat.label} [{chunk.start}:{chunk.stop}]"
         self.kept = None if chunk.place.resident else KeptState(chunk, state, label)
-        self._flat, self._gradients = flat, gradients
         self.held = False
         self._masters: Lease | None = None
         self._grads: Lease | None = None

@@ -177,11 +177,8 @@ class Updater:
         for unit in self._units:
             for part in unit.gradients if self._flat is None else ():
                 part.seen = self._master_dtype
-            state, chunks = (
-                self._optimizer.state,
-                [(part, chunk) for part in unit.gradients for chunk in part.flat.chunks],
-            )
-            travels = [Travel(part.flat, chunk, part, state) for part, chunk in chunks]
+            state = self._optimizer.state
+            travels = [Travel(part, chunk, state) for part in unit.gradients for chunk in part.flat.chunks]
             for travel in travels:
                 members: list[list[torch.nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
                 for segment in travel.chunk.segments:

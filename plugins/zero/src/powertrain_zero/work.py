@@ -10,6 +10,9 @@ import torch
 from powertrain.roles.optimizer import FlatOptimizer, Request, Total
 from powertrain_zero.batch import Batch
 
+AHEAD = 1
+"""Batches that are on their way here while one is updated."""
+
 Gradients = Mapping[torch.nn.Parameter, torch.Tensor]
 
 
@@ -152,7 +155,3 @@ def run_through(batches: Sequence[Batch], work: Work, grads: Gradients, scale: f
         for batch in batches:
             batch.abandon()
         raise
-
-
-AHEAD = 1
-"""Batches that are on their way here while one is updated."""
